@@ -1,0 +1,33 @@
+"""ELRA: gradient optimizers whose learning rate adapts itself. The public names, imported on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .directions import Adam, Momentum
+    from .optimizer import Elra, rate
+    from .rules import C2Min, P2Min, Tracking
+    from .variants import ElraAdamW, ElraC2Min, ElraP2Min
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Elra": "optimizer",
+    "rate": "optimizer",
+    "ElraC2Min": "variants",
+    "ElraP2Min": "variants",
+    "ElraAdamW": "variants",
+    "Momentum": "directions",
+    "Adam": "directions",
+    "C2Min": "rules",
+    "P2Min": "rules",
+    "Tracking": "rules",
+}
+__all__ = ["Adam", "C2Min", "Elra", "ElraAdamW", "ElraC2Min", "ElraP2Min", "Momentum", "P2Min", "Tracking", "rate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that ``import elra_hf`` alone does not import torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'elra_hf' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

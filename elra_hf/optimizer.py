@@ -1,0 +1,428 @@
+"""`Elra`: one step, in the order of the method. gradient → measure → reduce → adapt → bound or restart → update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .bucket import Bucket
+from .directions import Direction
+from .reduce import Groups, all_sum, groups_of, local
+from .rules import Rule
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+Scope = Literal["global", "group", "tensor"]
+SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
+
+# A gradient this many times longer than the one before is taken for an explosion: a run with growth limit 4 cannot reach
+# it in one step on a quadratic before the rate has passed the edge of stability.
+NORM_EXPLOSION = 10.0
+# A loss this many times the best one, and above the first one, is taken for an explosion. Source: the method's authors (25).
+LOSS_EXPLOSION = 25.0
+
+
+# What every group carries from step to step, as 0-dim tensors, with the values that a run starts from.
+SCALARS = {
+    "cos": 0.0,
+    "restarts": 0.0,
+    "clamps": 0.0,
+    "multiplier": 0.0,
+    "first_loss": math.inf,
+    "best_loss": math.inf,
+}
+
+
+def is_wide(param: Tensor) -> bool:
+    """Whether ``param`` calls for a rate in float64."""
+    return param.dtype in (torch.float64, torch.complex128)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The local part of ``tensor``, complex numbers as pairs of real ones; shares its memory."""
+    tensor = local(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+class Elra(Optimizer):
+    """Gradient descent whose rate adapts itself, from a direction and a rate rule. Source: arXiv 2309.06274.
+
+    x_{t+1} = x_t - η_t d_t with η_t = α_t · group["lr"] / α_0. The rule turns the inner products of the gradient with the
+    last gradient and direction into α_t. ``lr`` is α_0, the first rate; a scheduler that writes ``group["lr"]``
+    multiplies, and never touches α. Every group carries the same public state, 0-dim tensors:
+    ``group["alpha"]`` (α_t; under scope "tensor" the geometric mean of the group's), ``group["cos"]`` (the cosine the rule
+    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["multiplier"]``
+    (lr / α_0 of the last step).
+
+    ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
+
+    Args:
+        params: parameters or parameter groups; groups may set ``lr``, ``weight_decay`` and the direction's hyperparameters.
+        direction: along what to move, e.g. ``Momentum()`` or ``Adam()``.
+        rule: how the rate follows, e.g. ``C2Min()``, ``P2Min()`` or ``Tracking()``.
+        lr: α_0 > 0, a float or a 0-dim tensor.
+        weight_decay: decoupled; x is multiplied by exp(-η·weight_decay), which never changes a sign.
+        scope: over what the inner products are summed and one rate is kept: "global", "group" or "tensor".
+        bounds: (lowest, highest) α; beyond them it is clamped and ``clamps`` counts.
+        restart_factor: factor on α at a restart, in (0, 1).
+        maximize: ascend.
+        foreach: all tensors of a bucket in one call (True), or one at a time with less temporary memory (False).
+            None: True on accelerators. Both give the same bits.
+        process_group: the ranks that hold other slices of the parameters, where that cannot be seen from them
+            (FSDP1, DeepSpeed ZeRO). Not for DDP, nor for FSDP2 and tensor parallelism, which are recognised.
+
+    Raises:
+        ValueError: an argument or a group's entry is out of range, or the rule needs products the direction lacks.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        direction: Direction,
+        rule: Rule,
+        *,
+        lr: float | Tensor = 1e-5,
+        weight_decay: float = 0.0,
+        scope: Scope = "global",
+        bounds: tuple[float, float] = (1e-8, 1e6),
+        restart_factor: float = 1 / 3,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not rule.needs <= direction.offers:
+            raise ValueError(
+                f"rule={rule!r} needs the inner products {sorted(rule.needs - direction.offers)}, which "
+                f"direction={direction!r} does not measure; it offers {sorted(direction.offers)}"
+            )
+        if scope not in SCOPES:
+            raise ValueError(f"scope={scope!r} is unknown: give one of {', '.join(map(repr, SCOPES))}")
+        if not (len(bounds) == 2 and 0.0 < bounds[0] < bounds[1] < math.inf):
+            raise ValueError(f"bounds={bounds!r} is invalid: give (lowest, highest) with 0 < lowest < highest < inf")
+        if not 0.0 < restart_factor < 1.0:
+            raise ValueError(f"restart_factor={restart_factor!r} is invalid: give a factor in (0, 1), e.g. 1/3")
+        if not (math.isfinite(float(lr)) and float(lr) > 0.0):
+            raise ValueError(
+                f"lr={lr!r} is invalid: it is the first rate and must be positive, e.g. 1e-5. "
+                "To hold a parameter group still, set lr=0 in that group only"
+            )
+        self.direction = direction
+        self.rule = rule
+        self.scope: Scope = scope
+        self.bounds = (float(bounds[0]), float(bounds[1]))
+        self.restart_factor = float(restart_factor)
+        self.process_group = process_group
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            **direction.defaults(),
+            "maximize": maximize,
+            "foreach": foreach,
+            "alpha0": float(lr),
+            "alpha": None,
+            **dict.fromkeys(SCALARS),
+            "idle": (),
+        }
+        super().__init__(params, defaults)
+
+    # ---- groups and state -----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, also in mid-training: it then starts at the rate reached so far."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._fill_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay"):
+            value = float(group[name])
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name}={group[name]!r} is invalid: give a finite number >= 0")
+        unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names", "name"}
+        for name in sorted(unknown & {"gain", "target", "growth_limit", "scope", "bounds", "restart_factor"}):
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group is not supported: the rate rule is one for all groups; "
+                f"pass {name} to the optimizer"
+            )
+        self.direction.check(group)
+
+    def _fill_group(self, group: dict[str, Any]) -> None:
+        """Give ``group`` whatever state it lacks: a late group, or a pickle from before a key existed."""
+        first = self.param_groups[0]
+        dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
+        for name, start in {"alpha": group["alpha0"], **SCALARS}.items():
+            if group[name] is None:
+                # the last move of a late group has no length
+                value = None if name == "multiplier" else first[name]
+                group[name] = torch.tensor(start, dtype=dtype) if value is None else value.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but ``process_group``, which does not pickle: pass it again where it is needed."""
+        own = ("direction", "rule", "scope", "bounds", "restart_factor")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("process_group", None)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            self._fill_group(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, but keep each state tensor's own dtype, which torch would cast to the parameter's."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        counters: dict[tuple[torch.device, float], Tensor] = {}
+        for i, p in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                value = value.to(p.device)
+                if name == "step":  # parameters of one age share one counter
+                    value = counters.setdefault((p.device, float(value)), value.clone())
+                elif value.dtype != self.state[p][name].dtype:
+                    value = value.clone()
+                else:
+                    value = self.state[p][name]
+                self.state[p][name] = value
+
+    def __repr__(self) -> str:
+        head = f"{type(self).__name__} (direction={self.direction!r}, rule={self.rule!r}, scope={self.scope!r})"
+        return head + super().__repr__().removeprefix(type(self).__name__)
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, loss: float | Tensor | None = None) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, first, with gradients enabled.
+            loss: the loss at x_t, equal on all ranks. Optional: with it, a step after which the loss exploded is undone.
+                Taken from ``closure`` if not given, unless there are several ranks, each with a loss of its own.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            RuntimeError: a sparse gradient, or sharded parameters whose group cannot be known.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+            if loss is None and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+                loss = result
+        self._step(loss)
+        return result
+
+    def _step(self, loss: float | Tensor | None) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        splits = groups_of(params, self.process_group)
+        buckets = self._gather(splits)
+        if not buckets and not any(splits):
+            return
+        device = buckets[0].params[0].device if buckets else local(params[0]).device
+        dtype = torch.float64 if any(map(is_wide, params)) else torch.float32
+        for group in self.param_groups:
+            for name in ("alpha", *SCALARS):
+                group[name] = group[name].to(device, dtype)
+
+        # measure, reduce
+        needs = (*sorted(self.rule.needs - {"gg"}), "gg")
+        total = self._measure(buckets, splits, needs, device, dtype)
+        dots = dict(zip(needs, total.unbind(1), strict=False))
+        square = total[:, -1].sum()  # ‖G_t‖², without the weights of the last step
+
+        # adapt
+        alphas = self._alphas(params)
+        adapted, cos = self.rule(alphas, dots)
+        some = square != 0
+        bad = ~torch.isfinite(square)
+        if "pp" in dots:
+            before = dots["pp"].sum()
+            bad = bad | ((before > 0) & (dots["gg"].sum() > NORM_EXPLOSION**2 * before))
+        if loss is not None:
+            bad = bad | self._exploded(loss)
+        taken = some & ~bad
+
+        # bound, or restart
+        adapted = torch.where(bad, alphas * self.restart_factor, adapted)
+        adapted = torch.where(some & torch.isfinite(adapted), adapted, alphas)
+        bounded = torch.where(some, adapted.clamp(*self.bounds), alphas)
+        cos = torch.where(taken, cos, 0.0)
+
+        # update
+        undo = self.direction.backtracks or loss is not None
+        multipliers = [torch.zeros_like(g["alpha"]) + g["lr"] / g["alpha0"] for g in self.param_groups]
+        counts: dict[int, tuple[Tensor, Tensor]] = {}
+        for bucket in buckets:
+            group, cell = bucket.group, self._cell(bucket.index, bucket.members[0])
+            rate = torch.where(taken, bounded[cell] * multipliers[bucket.index], 0.0)
+            back = torch.where(bad, alphas[cell] * group["multiplier"], 0.0) if undo and not bucket.idle else None
+            decay = None
+            if group["weight_decay"]:
+                decay = torch.exp((rate if back is None else rate - back) * -group["weight_decay"])
+            move = bucket.move(rate, decay, back, taken, bad)
+            for chunk in bucket.chunks():
+                work = chunk.opened()
+                self.direction.update(work, move)
+                chunk.close(work)
+            counts[id(bucket.step)] = bucket.step, self.direction.count(bucket, move)
+        for step, count in counts.values():
+            step.copy_(count)
+        self._publish(params, bounded, cos)
+        clamps = (bounded != adapted).any()
+        for group, multiplier in zip(self.param_groups, multipliers, strict=True):
+            group["restarts"] = group["restarts"] + bad
+            group["clamps"] = group["clamps"] + clamps
+            group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
+
+    def _cell(self, group: int, member: int) -> int:
+        """Where the rate of a parameter stands in the vector of rates, under the scope."""
+        return {"global": 0, "group": group, "tensor": member}[self.scope]
+
+    def _gather(self, splits: list[Groups]) -> list[Bucket]:
+        """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        newborn: dict[torch.device, Tensor] = {}
+        member = -1
+        for index, group in enumerate(self.param_groups):
+            idle = group["idle"]
+            absent = []
+            for position, p in enumerate(group["params"]):
+                member += 1
+                if p.grad is None:
+                    absent.append(position)
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}): "
+                        "build the embedding with sparse=False"
+                    )
+                state = self.state[p]
+                if not state:
+                    state["step"] = newborn.setdefault(p.device, torch.zeros((), device=p.device))
+                    if self.scope == "tensor":
+                        state["alpha"] = group["alpha"].clone()
+                    state.update(self.direction.state(p, group))
+                if state["step"].device != p.device:
+                    state["step"] = state["step"].to(p.device)
+                key = (
+                    (member,)
+                    if self.scope == "tensor"
+                    else (index, p.device, p.dtype, id(state["step"]), position in idle, splits[member])
+                )
+                if key not in buckets:
+                    names = [name for name in state if name not in ("step", "alpha")]
+                    buckets[key] = Bucket(index, group, [], position in idle, state["step"], [], [], {n: [] for n in names})
+                bucket = buckets[key]
+                bucket.members.append(member)
+                bucket.params.append(real(p))
+                bucket.grads.append(real(p.grad))
+                for name, tensors in bucket.state.items():
+                    tensors.append(real(state[name]))
+            group["idle"] = tuple(absent)
+        return list(buckets.values())
+
+    def _measure(
+        self, buckets: list[Bucket], splits: list[Groups], needs: tuple[str, ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """The inner products of each cell over all ranks, shape (cells, needs + 1).
+
+        In the metric of the step taken last, where a group that moved w times as far counts w times; the last
+        column is ``gg`` once more, without these weights.
+        """
+        cells = {"global": 1, "group": len(self.param_groups), "tensor": len(splits)}[self.scope]
+        # every rank enters every collective, also with nothing to add
+        parts = {groups: torch.zeros(cells, len(needs) + 1, device=device, dtype=dtype) for groups in splits}
+        for bucket in buckets:
+            rows = [self.direction.measure(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]
+            row = torch.cat(rows).sum(0).to(device)
+            weighted = row * (0.0 if bucket.idle else bucket.group["multiplier"])
+            member = bucket.members[0]
+            parts[splits[member]][self._cell(bucket.index, member)] += torch.cat([weighted, row[-1:]])
+        return all_sum(parts)
+
+    def _alphas(self, params: list[Tensor]) -> Tensor:
+        """The rates as they are, shape (cells,)."""
+        if self.scope == "global":
+            alpha: Tensor = self.param_groups[0]["alpha"]
+            return alpha.view(1)
+        if self.scope == "group":
+            return torch.stack([group["alpha"] for group in self.param_groups])
+        of_groups = [group["alpha"] for group in self.param_groups for _ in group["params"]]
+        own = [self.state[p].get("alpha", alpha) for p, alpha in zip(params, of_groups, strict=True)]
+        return torch.stack([alpha.to(of_groups[0]) for alpha in own])
+
+    def _publish(self, params: list[Tensor], alphas: Tensor, cos: Tensor) -> None:
+        """Write the rates and cosines back to where users and checkpoints find them."""
+        start = 0
+        for index, group in enumerate(self.param_groups):
+            if self.scope == "tensor":
+                stop = start + len(group["params"])
+                for p, alpha in zip(params[start:stop], alphas[start:stop].unbind(), strict=True):
+                    if self.state[p]:
+                        self.state[p]["alpha"] = alpha.clone()
+                group["alpha"], group["cos"] = alphas[start:stop].log().mean().exp(), cos[start:stop].mean()
+                start = stop
+            else:
+                cell = self._cell(index, 0)
+                group["alpha"], group["cos"] = alphas[cell], cos[cell]
+
+    def _exploded(self, loss: float | Tensor) -> Tensor:
+        """Whether the loss is beyond what a step may do, as a 0-dim bool; keeps the first and the best."""
+        group = self.param_groups[0]
+        value = torch.zeros_like(group["alpha"]) + (loss.detach().to(group["alpha"]) if isinstance(loss, Tensor) else loss)
+        finite = torch.isfinite(value)
+        first = torch.where(torch.isfinite(group["first_loss"]) | ~finite, group["first_loss"], value)
+        best = torch.where(finite, torch.minimum(group["best_loss"], value), group["best_loss"])
+        for each in self.param_groups:
+            each["first_loss"], each["best_loss"] = first, best
+        return ~finite | ((best > 0) & (value > LOSS_EXPLOSION * best) & (value > first))
+
+
+def rate(optimizer: Any) -> float:
+    """Return the rate that the last step applied to the first parameter group, η = α·lr/α_0; before it, ``lr``.
+
+    Works through the wrappers of Accelerate, Lightning, Fabric and DeepSpeed. Waits for the device: for logs, not for loops.
+
+    Raises:
+        TypeError: there is no ELRA optimizer inside.
+    """
+    group = unwrap(optimizer).param_groups[0]
+    multiplier = float(group["multiplier"])
+    return float(group["alpha"]) * multiplier if multiplier else float(group["lr"])
+
+
+def unwrap(optimizer: Any) -> Elra:
+    """The `Elra` inside the wrappers of Accelerate, Lightning, Fabric and DeepSpeed.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while not isinstance(inner, Elra) and getattr(inner, "optimizer", inner) is not inner:
+        inner = inner.optimizer
+    if not isinstance(inner, Elra):
+        raise TypeError(
+            f"{type(optimizer).__name__} holds no ELRA optimizer: pass ElraC2Min, ElraP2Min, ElraAdamW or a wrapper of one"
+        )
+    return inner

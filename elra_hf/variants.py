@@ -1,0 +1,178 @@
+"""The three optimizers: a direction, a rule, and defaults. No mathematics here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .directions import Adam, Momentum
+from .optimizer import Elra, Scope
+from .rules import C2Min, P2Min, Tracking
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
+
+class ElraC2Min(Elra):
+    """ELRA c2min: momentum, and a rate that changes by at most ±50 % a step with the cosine of successive gradients.
+
+    Source: arXiv 2309.06274, c2min. Memory: 8 bytes a float32 parameter.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: the first rate α_0 > 0. The rate leaves it within a few dozen steps; there is no need to tune it.
+        betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
+        gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
+        weight_decay: decoupled weight decay, >= 0.
+        scope: "global" (one rate), "group" or "tensor".
+        bounds: (lowest, highest) rate.
+        restart_factor: factor on the rate at a restart, in (0, 1).
+        maximize: ascend.
+        foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
+        process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and what to give.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-5,
+        *,
+        betas: tuple[float, float] = (0.8, 0.7),
+        gain: float | tuple[float, float] = 0.5,
+        weight_decay: float = 0.0,
+        scope: Scope = "global",
+        bounds: tuple[float, float] = (1e-8, 1e6),
+        restart_factor: float = 1 / 3,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            Momentum(betas),
+            C2Min(gain),
+            lr=lr,
+            weight_decay=weight_decay,
+            scope=scope,
+            bounds=bounds,
+            restart_factor=restart_factor,
+            maximize=maximize,
+            foreach=foreach,
+            process_group=process_group,
+        )
+
+
+class ElraP2Min(Elra):
+    """ELRA p2min: momentum, and a rate from the parabola through both slopes along the last step.
+
+    Source: arXiv 2309.06274, p2min. Memory: 8 bytes a float32 parameter, 4 with ``betas=(0, 0)``.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: the first rate α_0 > 0. The rate leaves it within a few steps; there is no need to tune it.
+        betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
+        growth_limit: largest factor on the rate in one step, > 1.
+        weight_decay: decoupled weight decay, >= 0.
+        scope: "global" (one rate), "group" or "tensor".
+        bounds: (lowest, highest) rate.
+        restart_factor: factor on the rate at a restart, in (0, 1).
+        maximize: ascend.
+        foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
+        process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and what to give.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-5,
+        *,
+        betas: tuple[float, float] = (0.8, 0.7),
+        growth_limit: float = 4.0,
+        weight_decay: float = 0.0,
+        scope: Scope = "global",
+        bounds: tuple[float, float] = (1e-8, 1e6),
+        restart_factor: float = 1 / 3,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            Momentum(betas),
+            P2Min(growth_limit),
+            lr=lr,
+            weight_decay=weight_decay,
+            scope=scope,
+            bounds=bounds,
+            restart_factor=restart_factor,
+            maximize=maximize,
+            foreach=foreach,
+            process_group=process_group,
+        )
+
+
+class ElraAdamW(Elra):
+    """AdamW that finds its learning rate: Adam's direction, and the ELRA idea in Adam's metric.
+
+    Source: ours, after arXiv 2309.06274. Memory: 8 bytes a float32 parameter, as AdamW.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: the first rate α_0 > 0. The rate leaves it by itself; there is no need to tune it.
+        betas: (β1, β2) of Adam's moments, each in [0, 1).
+        eps: Adam's ε > 0.
+        gain: change of log α for a cosine one above the target, > 0; a pair sets (down, up) apart.
+        target: the cosine at which the rate rests, in (-1, 1).
+        weight_decay: decoupled weight decay, >= 0.
+        scope: "global" (one rate), "group" or "tensor".
+        bounds: (lowest, highest) rate.
+        restart_factor: factor on the rate at a restart, in (0, 1).
+        maximize: ascend.
+        foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
+        process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and what to give.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-5,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        gain: float | tuple[float, float] = 0.1,
+        target: float = -0.03,
+        weight_decay: float = 0.0,
+        scope: Scope = "global",
+        bounds: tuple[float, float] = (1e-8, 1e6),
+        restart_factor: float = 1 / 3,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            Adam(betas, eps),
+            Tracking(gain, target),
+            lr=lr,
+            weight_decay=weight_decay,
+            scope=scope,
+            bounds=bounds,
+            restart_factor=restart_factor,
+            maximize=maximize,
+            foreach=foreach,
+            process_group=process_group,
+        )
+
+
+# What ``--optim`` calls them.
+VARIANTS: dict[str, type[Elra]] = {"elra_c2min": ElraC2Min, "elra_p2min": ElraP2Min, "elra_adamw": ElraAdamW}
