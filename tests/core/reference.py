@@ -1,0 +1,118 @@
+"""c2min, p2min and tracked Adam in plain NumPy, float64, written from the formulas and from nothing else.
+
+Each takes a function t, x -> gradient and returns the visited x and the rates, so that it serves both a recorded
+sequence of gradients and a closed loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+Gradient = Callable[[int, np.ndarray], np.ndarray]
+
+
+def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
+    return min(max(alpha, low), high)
+
+
+def exploded(g: np.ndarray, g_prev: np.ndarray) -> bool:
+    return bool(np.linalg.norm(g) > 10.0 * np.linalg.norm(g_prev) > 0.0)
+
+
+def momentum_method(adapt, gradient: Gradient, x0, steps: int, alpha0: float, betas, restart: float = 1 / 3):
+    """x, α of a method with quasi-hyperbolic momentum; ``adapt(alpha, g, g_prev, d_prev)`` is its rule."""
+    beta1, beta2 = betas
+    x, alpha = np.array(x0, dtype=np.float64), alpha0
+    g_prev = m = d_prev = None
+    xs, alphas = [], []
+    for t in range(steps):
+        g = np.asarray(gradient(t, x), dtype=np.float64)
+        if g_prev is not None and exploded(g, g_prev):
+            x = x + alpha * d_prev
+            alpha = clamp(alpha * restart)
+            g_prev = None
+        else:
+            if g_prev is None:
+                m = d = g
+            else:
+                alpha = clamp(adapt(alpha, g, g_prev, d_prev))
+                m = beta1 * m + (1 - beta1) * g_prev
+                d = (1 - beta2) * g + beta2 * m
+            x = x - alpha * d
+            g_prev, d_prev = g, d
+        xs.append(x.copy())
+        alphas.append(alpha)
+    return np.array(xs), np.array(alphas)
+
+
+def c2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5)):
+    def adapt(alpha, g, g_prev, d_prev):
+        c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
+        return alpha * (1 + (gain[0] if c < 0 else gain[1]) * c)
+
+    return momentum_method(adapt, gradient, x0, steps, alpha0, betas)
+
+
+def p2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 0.7), growth_limit: float = 4.0):
+    def adapt(alpha, g, g_prev, d_prev):
+        start, end = g_prev @ d_prev, g @ d_prev
+        if start <= 0:
+            return alpha
+        q = end / start
+        return alpha / (1 - q) if 1 - q > 1 / growth_limit else alpha * growth_limit
+
+    return momentum_method(adapt, gradient, x0, steps, alpha0, betas)
+
+
+def adamw(
+    gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.9, 0.999), eps: float = 1e-8, gain=0.1, target=-0.03
+):
+    beta1, beta2 = betas
+    x, alpha = np.array(x0, dtype=np.float64), alpha0
+    m, v, d, precondition = np.zeros_like(x), np.zeros_like(x), None, None
+    xs, alphas = [], []
+    for t in range(1, steps + 1):
+        g = np.asarray(gradient(t - 1, x), dtype=np.float64)
+        if d is not None:
+            c = g @ d / np.sqrt((g @ (g / precondition)) * (d @ (precondition * d)))
+            alpha = clamp(alpha * np.exp(gain * (c - target)))
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        precondition = np.sqrt(v / (1 - beta2**t)) + eps
+        d = m / (1 - beta1**t) / precondition
+        x = x - alpha * d
+        xs.append(x.copy())
+        alphas.append(alpha)
+    return np.array(xs), np.array(alphas)
+
+
+# ---- problems ----------------------------------------------------------------------------------------------------------
+
+
+def rosenbrock_gradient(_t: int, x: np.ndarray) -> np.ndarray:
+    a, b = x[:-1], x[1:]
+    g = np.zeros_like(x)
+    g[:-1] += -400 * a * (b - a**2) - 2 * (1 - a)
+    g[1:] += 200 * (b - a**2)
+    return g
+
+
+def quadratic_gradient(condition: float = 1e4, n: int = 10) -> Gradient:
+    curvature = np.logspace(0, np.log10(condition), n) / condition
+    return lambda _t, x: curvature * x
+
+
+def logistic_gradient(n: int = 60, features: int = 8, batch: int | None = None) -> Gradient:
+    """Logistic regression; with ``batch``, on a fixed order of mini-batches."""
+    rng = np.random.default_rng(3)
+    a = rng.normal(size=(n, features))
+    y = (a @ rng.normal(size=features) + rng.normal(size=n) > 0).astype(np.float64)
+
+    def gradient(t: int, x: np.ndarray) -> np.ndarray:
+        rows = np.arange(n) if batch is None else (np.arange(batch) + t * batch) % n
+        p = 1 / (1 + np.exp(-a[rows] @ x))
+        return a[rows].T @ (p - y[rows]) / len(rows)
+
+    return gradient

@@ -1,0 +1,93 @@
+"""The classes against the independent float64 reference: recorded gradients, and closed loops while those are predictable."""
+
+import numpy as np
+import pytest
+import torch
+
+from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min
+
+from . import reference as ref
+
+METHODS = {
+    "c2min": (ElraC2Min, ref.c2min, {}),
+    "c2min-pair": (ElraC2Min, ref.c2min, {"gain": (0.5, 0.6)}),
+    "p2min": (ElraP2Min, ref.p2min, {}),
+    "p2min-plain": (ElraP2Min, ref.p2min, {"betas": (0.0, 0.0)}),
+    "adamw": (ElraAdamW, ref.adamw, {}),
+}
+X0 = {
+    "rosenbrock": np.array([-1.2, 1.0, 0.4, 0.9]),
+    "quadratic": np.linspace(1.0, 2.0, 10),
+    "logistic": np.linspace(-1.0, 1.0, 8),
+}
+GRADIENTS = {
+    "rosenbrock": ref.rosenbrock_gradient,
+    "quadratic": ref.quadratic_gradient(),
+    "logistic": ref.logistic_gradient(batch=16),
+}
+
+
+def run(cls, options, gradient, x0, steps, dtype, parts=2):
+    """Drive ``cls`` with given gradients, the vector cut into ``parts`` parameters; x and α of every step."""
+    params = [torch.tensor(part, dtype=dtype, requires_grad=True) for part in np.array_split(x0, parts)]
+    optimizer = cls(params, **options)
+    xs, alphas = [], []
+    for t in range(steps):
+        g = gradient(t, np.concatenate([p.detach().double().numpy() for p in params]))
+        for p, part in zip(params, np.array_split(g, parts), strict=True):
+            p.grad = torch.tensor(part, dtype=dtype)
+        optimizer.step()
+        xs.append(np.concatenate([p.detach().double().numpy() for p in params]))
+        alphas.append(float(optimizer.param_groups[0]["alpha"]))
+    return np.array(xs), np.array(alphas)
+
+
+def error_x(actual, expected):
+    """Largest error of x in each step, relative to the largest entry so far: rounding of x adds up at that scale."""
+    return np.abs(actual - expected).max(1) / np.maximum.accumulate(np.abs(expected).max(1))
+
+
+def error_alpha(actual, expected):
+    return np.abs(actual - expected) / expected
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("problem", X0)
+@pytest.mark.parametrize("method", METHODS)
+def test_recorded_gradients(method, problem, dtype, tolerance):
+    cls, reference, options = METHODS[method]
+    x0, steps = X0[problem], 200
+    visited = []
+
+    def record(t, x):
+        visited.append(GRADIENTS[problem](t, x))
+        return visited[-1]
+
+    reference(record, x0, steps, **options)
+    # what a float32 run can be given exactly
+    recorded = np.array(visited).astype(np.float32).astype(np.float64)
+    x0 = x0.astype(np.float32).astype(np.float64)
+
+    def replay(t, x):
+        return recorded[t]
+
+    expected_x, expected_alpha = reference(replay, x0, steps, alpha0=float(np.float32(1e-5)), **options)
+    x, alpha = run(cls, {"lr": float(np.float32(1e-5)), **options}, replay, x0, steps, dtype)
+    assert error_alpha(alpha, expected_alpha).max() <= tolerance
+    assert error_x(x, expected_x).max() <= tolerance
+
+
+@pytest.mark.parametrize("problem", X0)
+@pytest.mark.parametrize("method", METHODS)
+def test_closed_loop(method, problem):
+    """Over as many steps as an error of one ulp in x_0 stays below the tolerance in the reference itself."""
+    cls, reference, options = METHODS[method]
+    gradient, x0, steps, tolerance = GRADIENTS[problem], X0[problem], 200, 1e-9
+    x, alpha = reference(gradient, x0, steps, **options)
+    near_x, near_alpha = reference(gradient, x0 + np.spacing(x0), steps, **options)
+    apart = np.maximum(error_x(near_x, x), error_alpha(near_alpha, alpha)) > tolerance / 100
+    predictable = int(np.argmax(apart)) if apart.any() else steps
+    assert predictable >= 15, "the comparison has become empty"
+    actual_x, actual_alpha = run(cls, options, gradient, x0, predictable, torch.float64)
+    assert error_x(actual_x, x[:predictable]).max() <= tolerance
+    assert error_alpha(actual_alpha, alpha[:predictable]).max() <= tolerance
