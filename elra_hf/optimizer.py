@@ -267,7 +267,6 @@ class Elra(Optimizer):
         adapted = torch.where(bad, alphas * self.restart_factor, adapted)
         adapted = torch.where(some & torch.isfinite(adapted), adapted, alphas)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alphas)
-        cos = torch.where(taken, cos, 0.0)
 
         # update
         undo = self.direction.backtracks or loss is not None
@@ -288,7 +287,7 @@ class Elra(Optimizer):
             counts[id(bucket.step)] = bucket.step, self.direction.count(bucket, move)
         for step, count in counts.values():
             step.copy_(count)
-        self._publish(params, bounded, cos)
+        self._publish(params, bounded, cos, taken)
         clamps = (bounded != adapted).any()
         for group, multiplier in zip(self.param_groups, multipliers, strict=True):
             group["restarts"] = group["restarts"] + bad
@@ -372,7 +371,7 @@ class Elra(Optimizer):
         own = [self.state[p].get("alpha", alpha) for p, alpha in zip(params, of_groups, strict=True)]
         return torch.stack([alpha.to(of_groups[0]) for alpha in own])
 
-    def _publish(self, params: list[Tensor], alphas: Tensor, cos: Tensor) -> None:
+    def _publish(self, params: list[Tensor], alphas: Tensor, cos: Tensor, taken: Tensor) -> None:
         """Write the rates and cosines back to where users and checkpoints find them."""
         start = 0
         for index, group in enumerate(self.param_groups):
@@ -381,11 +380,12 @@ class Elra(Optimizer):
                 for p, alpha in zip(params[start:stop], alphas[start:stop].unbind(), strict=True):
                     if self.state[p]:
                         self.state[p]["alpha"] = alpha.clone()
-                group["alpha"], group["cos"] = alphas[start:stop].log().mean().exp(), cos[start:stop].mean()
+                group["alpha"], seen = alphas[start:stop].log().mean().exp(), cos[start:stop].mean()
                 start = stop
             else:
                 cell = self._cell(index, 0)
-                group["alpha"], group["cos"] = alphas[cell], cos[cell]
+                group["alpha"], seen = alphas[cell], cos[cell]
+            group["cos"] = torch.where(taken, seen, group["cos"])
 
     def _exploded(self, loss: float | Tensor) -> Tensor:
         """Whether the loss is beyond what a step may do, as a 0-dim bool; keeps the first and the best."""
