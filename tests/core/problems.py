@@ -15,7 +15,13 @@ def momentum_tracking(params, lr=1e-5, **options):
     return Elra(params, Momentum(), Tracking(), lr=lr, **options)
 
 
-PIECES = [(Momentum(), C2Min()), (Momentum(), P2Min()), (Momentum((0.0, 0.0)), P2Min()), (Momentum(), Tracking()), (Adam(), Tracking())]
+PIECES = [
+    (Momentum(), C2Min()),
+    (Momentum(), P2Min()),
+    (Momentum((0.0, 0.0)), P2Min()),
+    (Momentum(), Tracking()),
+    (Adam(), Tracking()),
+]
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:

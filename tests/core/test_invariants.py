@@ -1,6 +1,7 @@
 """What must hold for every input, one property a test."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_how_the_vector_is_cut_does_not_matter(cls, seed, cuts, groups):
     x0, curvature = torch.tensor(rng.normal(size=12)), torch.tensor(rng.uniform(0.1, 3.0, 12))
     bounds = [0, *sorted(set(cuts)), 12]
     whole = x0.clone().requires_grad_()
-    parts = [x0[a:b].clone().requires_grad_() for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [x0[a:b].clone().requires_grad_() for a, b in itertools.pairwise(bounds)]
     one = cls([whole], lr=1e-3)
     many = cls([{"params": [p]} for p in parts] if groups else parts, lr=1e-3)
     for _ in range(20):
@@ -233,10 +234,10 @@ def test_rate_rule_without_information_is_left_alone():
 @every
 def test_foreach_and_loop_agree_bit_for_bit(cls):
     models = [net(dtype=torch.float64) for _ in range(2)]
-    optimizers = [cls(m.parameters(), lr=1e-3, foreach=f, weight_decay=0.01) for m, f in zip(models, (True, False), strict=True)]
+    optimizers = [
+        cls(m.parameters(), lr=1e-3, foreach=f, weight_decay=0.01) for m, f in zip(models, (True, False), strict=True)
+    ]
     losses = [train(m, o, range(50)) for m, o in zip(models, optimizers, strict=True)]
     assert losses[0] == losses[1]
     assert torch.equal(flat(models[0]), flat(models[1]))
     assert same(snapshot(optimizers[0]), snapshot(optimizers[1]))
-
-
