@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bucket import Bucket
-from .directions import Direction
-from .reduce import Groups, all_sum, groups_of, local
+from .directions import Direction, dots
+from .reduce import Groups, all_sum, gradient, groups_of, local, require_same, world_size
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class Elra(Optimizer):
             None: True on accelerators. Both give the same bits.
         process_group: the ranks that hold other slices of the parameters, where that cannot be seen from them
             (FSDP1, DeepSpeed ZeRO). Not for DDP, nor for FSDP2 and tensor parallelism, which are recognised.
+        check_sync: at every step, compare parameters, gradient and rate over all ranks, and raise where they have come
+            apart. Costs one small all-reduce and a wait for the device: for debugging.
 
     Raises:
         ValueError: an argument or a group's entry is out of range, or the rule needs products the direction lacks.
@@ -96,6 +98,7 @@ class Elra(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
+        check_sync: bool = False,
     ) -> None:
         if not rule.needs <= direction.offers:
             raise ValueError(
@@ -106,6 +109,11 @@ class Elra(Optimizer):
             raise ValueError(f"scope={scope!r} is unknown: give one of {', '.join(map(repr, SCOPES))}")
         if not (len(bounds) == 2 and 0.0 < bounds[0] < bounds[1] < math.inf):
             raise ValueError(f"bounds={bounds!r} is invalid: give (lowest, highest) with 0 < lowest < highest < inf")
+        if scope == "tensor" and process_group is not None:
+            raise ValueError(
+                'scope="tensor" does not go with process_group=: FSDP1 and DeepSpeed ZeRO cut parameters where they like, '
+                'and ranks without a part of one would not know its rate. Take scope="global" or "group", or FSDP2'
+            )
         if not 0.0 < restart_factor < 1.0:
             raise ValueError(f"restart_factor={restart_factor!r} is invalid: give a factor in (0, 1), e.g. 1/3")
         if not (math.isfinite(float(lr)) and float(lr) > 0.0):
@@ -119,6 +127,7 @@ class Elra(Optimizer):
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self.restart_factor = float(restart_factor)
         self.process_group = process_group
+        self.check_sync = check_sync
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -170,12 +179,13 @@ class Elra(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but ``process_group``, which does not pickle: pass it again where it is needed."""
-        own = ("direction", "rule", "scope", "bounds", "restart_factor")
+        own = ("direction", "rule", "scope", "bounds", "restart_factor", "check_sync")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("check_sync", False)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -228,7 +238,7 @@ class Elra(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-            if loss is None and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            if loss is None and world_size() == 1:
                 loss = result
         self._step(loss)
         return result
@@ -237,7 +247,7 @@ class Elra(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         splits = groups_of(params, self.process_group)
         buckets = self._gather(splits)
-        if not buckets and not any(splits):
+        if not buckets and not any(splits) and not self.check_sync:
             return
         device = buckets[0].params[0].device if buckets else local(params[0]).device
         dtype = torch.float64 if any(map(is_wide, params)) else torch.float32
@@ -247,7 +257,8 @@ class Elra(Optimizer):
 
         # measure, reduce
         needs = (*sorted(self.rule.needs - {"gg"}), "gg")
-        total = self._measure(buckets, splits, needs, device, dtype)
+        parts = self._measure(buckets, splits, needs, device, dtype)
+        total = all_sum(parts)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         square = total[:, -1].sum()  # ‖G_t‖², without the weights of the last step
 
@@ -267,6 +278,10 @@ class Elra(Optimizer):
         adapted = torch.where(bad, alphas * self.restart_factor, adapted)
         adapted = torch.where(some & torch.isfinite(adapted), adapted, alphas)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alphas)
+
+        if self.check_sync:
+            x, whole = self._length(buckets, splits, device, dtype), parts.get((), total)
+            require_same(x, torch.stack([total, whole]), bounded)
 
         # update
         undo = self.direction.backtracks or loss is not None
@@ -309,7 +324,8 @@ class Elra(Optimizer):
             for position, p in enumerate(group["params"]):
                 member += 1
                 if p.grad is None:
-                    absent.append(position)
+                    if local(p).numel():  # FSDP1 gives no gradient to the ranks that hold nothing of a parameter
+                        absent.append(position)
                     continue
                 if p.grad.is_sparse:
                     raise RuntimeError(
@@ -335,7 +351,7 @@ class Elra(Optimizer):
                 bucket = buckets[key]
                 bucket.members.append(member)
                 bucket.params.append(real(p))
-                bucket.grads.append(real(p.grad))
+                bucket.grads.append(real(gradient(p)))
                 for name, tensors in bucket.state.items():
                     tensors.append(real(state[name]))
             group["idle"] = tuple(absent)
@@ -343,8 +359,8 @@ class Elra(Optimizer):
 
     def _measure(
         self, buckets: list[Bucket], splits: list[Groups], needs: tuple[str, ...], device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """The inner products of each cell over all ranks, shape (cells, needs + 1).
+    ) -> dict[Groups, Tensor]:
+        """This rank's inner products of each cell, by the groups that hold the rest of them, shape (cells, needs + 1).
 
         In the metric of the step taken last, where a group that moved w times as far counts w times; the last
         column is ``gg`` once more, without these weights.
@@ -358,6 +374,16 @@ class Elra(Optimizer):
             weighted = row * (0.0 if bucket.idle else bucket.group["multiplier"])
             member = bucket.members[0]
             parts[splits[member]][self._cell(bucket.index, member)] += torch.cat([weighted, row[-1:]])
+        return parts
+
+    @staticmethod
+    def _length(buckets: list[Bucket], splits: list[Groups], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """‖x_t‖² over the parameters that have a gradient, on all ranks; a 0-dim tensor."""
+        parts = {groups: torch.zeros((), device=device, dtype=dtype) for groups in splits}
+        for bucket in buckets:
+            for chunk in bucket.chunks():
+                params = chunk.opened().params
+                parts[splits[bucket.members[0]]] += dots(params, params, dtype).sum().to(device)
         return all_sum(parts)
 
     def _alphas(self, params: list[Tensor]) -> Tensor:
@@ -368,7 +394,7 @@ class Elra(Optimizer):
         if self.scope == "group":
             return torch.stack([group["alpha"] for group in self.param_groups])
         of_groups = [group["alpha"] for group in self.param_groups for _ in group["params"]]
-        own = [self.state[p].get("alpha", alpha) for p, alpha in zip(params, of_groups, strict=True)]
+        own = [self.state.get(p, {}).get("alpha", alpha) for p, alpha in zip(params, of_groups, strict=True)]
         return torch.stack([alpha.to(of_groups[0]) for alpha in own])
 
     def _publish(self, params: list[Tensor], alphas: Tensor, cos: Tensor, taken: Tensor) -> None:
@@ -378,7 +404,7 @@ class Elra(Optimizer):
             if self.scope == "tensor":
                 stop = start + len(group["params"])
                 for p, alpha in zip(params[start:stop], alphas[start:stop].unbind(), strict=True):
-                    if self.state[p]:
+                    if p in self.state:
                         self.state[p]["alpha"] = alpha.clone()
                 group["alpha"], seen = alphas[start:stop].log().mean().exp(), cos[start:stop].mean()
                 start = stop

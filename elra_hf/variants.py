@@ -31,6 +31,7 @@ class ElraC2Min(Elra):
         maximize: ascend.
         foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
+        check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
     Raises:
         ValueError: an argument is out of range; the message names it and what to give.
@@ -50,6 +51,7 @@ class ElraC2Min(Elra):
         maximize: bool = False,
         foreach: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
+        check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -63,6 +65,7 @@ class ElraC2Min(Elra):
             maximize=maximize,
             foreach=foreach,
             process_group=process_group,
+            check_sync=check_sync,
         )
 
 
@@ -83,6 +86,7 @@ class ElraP2Min(Elra):
         maximize: ascend.
         foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
+        check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
     Raises:
         ValueError: an argument is out of range; the message names it and what to give.
@@ -102,6 +106,7 @@ class ElraP2Min(Elra):
         maximize: bool = False,
         foreach: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
+        check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -115,6 +120,7 @@ class ElraP2Min(Elra):
             maximize=maximize,
             foreach=foreach,
             process_group=process_group,
+            check_sync=check_sync,
         )
 
 
@@ -137,6 +143,7 @@ class ElraAdamW(Elra):
         maximize: ascend.
         foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
+        check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
     Raises:
         ValueError: an argument is out of range; the message names it and what to give.
@@ -158,6 +165,7 @@ class ElraAdamW(Elra):
         maximize: bool = False,
         foreach: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
+        check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -171,6 +179,7 @@ class ElraAdamW(Elra):
             maximize=maximize,
             foreach=foreach,
             process_group=process_group,
+            check_sync=check_sync,
         )
 
 
