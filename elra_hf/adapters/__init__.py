@@ -1,0 +1,1 @@
+"""What each framework needs to know of ELRA. Every module imports its framework lazily."""
