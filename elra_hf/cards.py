@@ -1,0 +1,147 @@
+"""Model card of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("elra_hf", "torch", "transformers", "accelerate", "lightning", "peft", "datasets")
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+{{ summary }}
+
+## Results
+
+{{ table(metrics, "metric", "value") }}
+
+![loss, applied rate and cosine over the steps]({{ picture }})
+
+## Train it
+
+```bash
+{{ command }}
+```
+
+{{ table(settings, "setting", "value") }}
+
+## Data
+
+{{ dataset }}
+
+{{ table(splits, "split", "rows") }}
+
+## Use it
+
+```python
+{{ usage }}
+```
+
+## Versions
+
+{{ table(versions, "package", "version") }}
+"""
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    model_name: str,
+    summary: str,
+    task: str,
+    dataset: str,
+    dataset_id: str,
+    splits: Mapping[str, int],
+    metrics: Mapping[str, float],
+    settings: Mapping[str, object],
+    command: str,
+    usage: str,
+    split: str = "test",
+    picture: str = "rate.png",
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write ``folder/README.md``, the model card of a run, with metadata that the Hugging Face hub reads.
+
+    Args:
+        folder: the run's output folder.
+        model_name: heading of the card.
+        summary: one or two sentences on what was trained how.
+        task: a task of the hub, as "text-classification".
+        dataset: where the data come from and how they were cut, in prose.
+        dataset_id: name of the data set in the metadata.
+        splits: rows of each split.
+        metrics: name and value of each metric, measured on ``split``.
+        settings: what somebody needs to know beside the command.
+        command: the exact command of the run.
+        usage: Python code that loads and calls the model.
+        split: the split that ``metrics`` were measured on.
+        picture: file name of the picture in ``folder``.
+        base_model: name of the pretrained model on the hub, if it has one.
+        license: licence of the model.
+
+    Returns:
+        The path of the card.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset_id,
+            dataset_name=dataset_id,
+            dataset_split=split,
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in metrics.items()
+    ]
+    data = ModelCardData(
+        base_model=base_model,
+        license=license,
+        pipeline_tag=task,
+        metrics=list(metrics),
+        tags=["elra"],
+        eval_results=results,
+        model_name=model_name,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        model_name=model_name,
+        summary=summary,
+        dataset=dataset,
+        splits=splits,
+        metrics={f"{name} ({split})": f"{value:.4f}" for name, value in metrics.items()},
+        settings=settings,
+        command=command,
+        usage=usage,
+        picture=picture,
+        versions=versions(),
+        table=_table,
+    )
+    path = Path(folder) / "README.md"
+    card.save(path)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that decide what a run does."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _table(rows: Mapping[str, object], *header: str) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items()])

@@ -1,0 +1,1 @@
+"""Fine-tuning of a text classifier with the Hugging Face Trainer."""
