@@ -260,7 +260,7 @@ class Elra(Optimizer):
         parts = self._measure(buckets, splits, needs, device, dtype)
         total = all_sum(parts)
         dots = dict(zip(needs, total.unbind(1), strict=False))
-        square = total[:, -1].sum()  # ‖G_t‖², without the weights of the last step
+        square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
         alphas = self._alphas(params)
@@ -280,8 +280,9 @@ class Elra(Optimizer):
         bounded = torch.where(some, adapted.clamp(*self.bounds), alphas)
 
         if self.check_sync:
-            x, whole = self._length(buckets, splits, device, dtype), parts.get((), total)
-            require_same(x, torch.stack([total, whole]), bounded)
+            # also of what is whole on every rank, since the sum takes that from one rank only
+            seen = torch.stack([total, parts.get((), total)])
+            require_same(seen[..., -1], seen[..., :-1], bounded)
 
         # update
         undo = self.direction.backtracks or loss is not None
@@ -363,28 +364,23 @@ class Elra(Optimizer):
         """This rank's inner products of each cell, by the groups that hold the rest of them, shape (cells, needs + 1).
 
         In the metric of the step taken last, where a group that moved w times as far counts w times; the last
-        column is ``gg`` once more, without these weights.
+        column is ``gg`` once more, without these weights. ``check_sync`` adds ‖x_t‖².
         """
         cells = {"global": 1, "group": len(self.param_groups), "tensor": len(splits)}[self.scope]
         # every rank enters every collective, also with nothing to add
-        parts = {groups: torch.zeros(cells, len(needs) + 1, device=device, dtype=dtype) for groups in splits}
+        columns = len(needs) + 1 + self.check_sync
+        parts = {groups: torch.zeros(cells, columns, device=device, dtype=dtype) for groups in splits}
         for bucket in buckets:
-            rows = [self.direction.measure(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]
-            row = torch.cat(rows).sum(0).to(device)
-            weighted = row * (0.0 if bucket.idle else bucket.group["multiplier"])
+            row = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).sum(0).to(device)
+            weighted = row[: len(needs)] * (0.0 if bucket.idle else bucket.group["multiplier"])
             member = bucket.members[0]
-            parts[splits[member]][self._cell(bucket.index, member)] += torch.cat([weighted, row[-1:]])
+            parts[splits[member]][self._cell(bucket.index, member)] += torch.cat([weighted, row[len(needs) - 1 :]])
         return parts
 
-    @staticmethod
-    def _length(buckets: list[Bucket], splits: list[Groups], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """‖x_t‖² over the parameters that have a gradient, on all ranks; a 0-dim tensor."""
-        parts = {groups: torch.zeros((), device=device, dtype=dtype) for groups in splits}
-        for bucket in buckets:
-            for chunk in bucket.chunks():
-                params = chunk.opened().params
-                parts[splits[bucket.members[0]]] += dots(params, params, dtype).sum().to(device)
-        return all_sum(parts)
+    def _products(self, work: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+        """The inner products of each tensor, and ‖x_t‖² with ``check_sync``."""
+        products = self.direction.measure(work, needs, dtype)
+        return torch.cat([products, dots(work.params, work.params, dtype)[:, None]], 1) if self.check_sync else products
 
     def _alphas(self, params: list[Tensor]) -> Tensor:
         """The rates as they are, shape (cells,)."""

@@ -32,12 +32,10 @@ def sharding_group(model: nn.Module) -> dist.ProcessGroup | None:
     if not units:
         return None
     alone = (dist.get_rank(),)
-    groups = {
-        alone if unit.sharding_strategy is ShardingStrategy.NO_SHARD else tuple(dist.get_process_group_ranks(unit.process_group)): (
-            unit.process_group
-        )
-        for unit in units
-    }
+    groups = {}
+    for unit in units:
+        whole = unit.sharding_strategy is ShardingStrategy.NO_SHARD
+        groups[alone if whole else tuple(dist.get_process_group_ranks(unit.process_group))] = unit.process_group
     if len(groups) > 1:
         raise ValueError(
             f"FSDP1 shards parts of the model over the ranks {sorted(groups)}, and a parameter does not show over which: "
