@@ -133,7 +133,8 @@ def require_same(x: Tensor, grad: Tensor, alpha: Tensor) -> None:
     """
     if world_size() == 1:
         return
-    named = {"parameters": x, "gradient": grad, "rate": alpha}
+    # the gradient first: where it is averaged, it is the same even at different parameters
+    named = {"gradient": grad, "parameters": x, "rate": alpha}
     flat = torch.cat([value.reshape(-1).double() for value in named.values()])
     bits = torch.where(flat.isnan(), torch.nan, flat).view(torch.int64)  # every NaN the same
     both = torch.stack([bits, ~bits])  # ~ turns the order round, so that one maximum gives both ends

@@ -37,9 +37,7 @@ def run(commands: Sequence[Sequence[str]], timeout: float, env: dict[str, str] |
             own = {**environment, "ELRA_TEST_RANK": str(i)}
             with log.open("wb") as output:
                 processes.append(
-                    subprocess.Popen(
-                        command, cwd=cwd, env=own, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                    )
+                    subprocess.Popen(command, cwd=cwd, env=own, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
                 )
         deadline = time.monotonic() + timeout
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
@@ -92,6 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), int(os.environ["ELRA_TEST_RANK"])
     worker, world, kwargs = pickle.loads((folder / "call").read_bytes())
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")  # for accelerate
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     module, function = worker.split(":")
     result = getattr(importlib.import_module(module), function)(**kwargs)

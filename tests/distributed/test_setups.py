@@ -61,3 +61,10 @@ def test_wrong_reduction_is_noticed(name, wrong, variant, outcomes):
     """The tests above bite: with a local sum, or a world sum where some parameters are whole, they fail."""
     ranks = outcomes(name, variant, wrong)
     assert max(error(outcome, expected(name, variant)) for outcome in ranks) > 1e3 * SETUPS[name].tolerance
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", SETUPS)
+def test_check_sync_finds_nothing_wrong(name, variant, outcomes):
+    ranks = outcomes(name, variant, "checked")
+    assert max(error(outcome, expected(name, variant)) for outcome in ranks) < SETUPS[name].tolerance

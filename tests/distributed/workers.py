@@ -6,9 +6,36 @@ import time
 import traceback
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
+from torch.nn.parallel import DistributedDataParallel as Ddp
 
-from .setups import SETUPS, VARIANTS, train
+from elra_hf import ElraC2Min
+from elra_hf.adapters.accelerate import sharding_group
+
+from .setups import (
+    FULL,
+    NO,
+    NORMS,
+    SETUPS,
+    STEPS,
+    VARIANTS,
+    Net,
+    Outcome,
+    Wrapped,
+    advance,
+    batch,
+    build,
+    collectives,
+    ddp,
+    flatten,
+    fsdp1,
+    fsdp2,
+    make,
+    train,
+    whole,
+)
 
 
 def rows() -> dict[tuple[str, str, str], Any]:
@@ -19,7 +46,7 @@ def rows() -> dict[tuple[str, str, str], Any]:
             continue
         start = time.monotonic()
         for variant in VARIANTS:
-            for kind in ("right", *setup.wrong):
+            for kind in ("right", "checked", *setup.wrong):
                 try:
                     results[name, variant, kind] = train(setup, variant, kind)
                 except Exception:
@@ -27,3 +54,204 @@ def rows() -> dict[tuple[str, str, str], Any]:
                     print(name, variant, kind, results[name, variant, kind], flush=True)
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return results
+
+
+# ---- behaviour, 2 ranks ------------------------------------------------------------------------------------------------
+
+
+def behaviour() -> dict[str, Any]:
+    """Everything below, by name."""
+    results: dict[str, Any] = {}
+    for function in (refusals, check_sync, join, scaler, accelerated):
+        for key, value in function().items():
+            results[f"{function.__name__}: {key}"] = value
+        print(function.__name__, flush=True)
+    return results
+
+
+def complaint(function: Any) -> str:
+    """What ``function`` raises, or an empty string."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusals() -> dict[str, str]:
+    """What is refused: slices without a group, a group where it would be wrong."""
+
+    def fsdp1_step(**options: Any) -> None:
+        wrapped = fsdp1(FULL, True)(build(Net))
+        advance(wrapped, make("elra_c2min", wrapped.named, False, **options), SETUPS["DDP"], range(1))
+
+    def bare() -> None:
+        parts = [torch.ones(3, requires_grad=True)]
+        parts[0].grad = torch.ones(3)
+        ElraC2Min(parts).step()
+
+    def fsdp2_with_group() -> None:
+        wrapped = fsdp2(2)(build(Net))
+        advance(wrapped, make("elra_c2min", wrapped.named, False, process_group=dist.group.WORLD), SETUPS["DDP"], range(1))
+
+    def mixed_strategies() -> None:
+        model = build(Net)
+        model.up = Fsdp1(model.up, sharding_strategy=NO, device_id=torch.device("cpu"))
+        sharding_group(Fsdp1(model, sharding_strategy=FULL, device_id=torch.device("cpu")))
+
+    return {function.__name__: complaint(function) for function in (fsdp1_step, bare, fsdp2_with_group, mixed_strategies)}
+
+
+def check_sync() -> dict[str, str]:
+    """What ``check_sync`` says to ranks that do not agree."""
+    rank, setup = dist.get_rank(), SETUPS["DDP"]
+
+    def plain(seed: int = 7) -> tuple[Any, Any]:
+        model = build(Net)
+        if seed != 7:
+            torch.manual_seed(seed)
+            model = Net().double()
+        named = list(model.named_parameters())
+        return Wrapped(model, named, whole(named), data=(rank, 2)), make("elra_c2min", named, False, check_sync=True)
+
+    def average(wrapped: Any) -> None:
+        for _, p in wrapped.named:
+            dist.all_reduce(p.grad)
+
+    def backward(wrapped: Any) -> None:
+        x, y = batch(0, setup.model)
+        torch.nn.functional.mse_loss(wrapped.module(x.chunk(2)[rank]), y.chunk(2)[rank]).backward()
+
+    def not_prepared() -> None:
+        wrapped, optimizer = plain()
+        advance(wrapped, optimizer, setup, range(1))
+
+    def one_rank_skips_its_all_reduce() -> None:
+        wrapped, optimizer = plain()
+        backward(wrapped)
+        kept = [p.grad.clone() for _, p in wrapped.named]
+        average(wrapped)
+        if rank == 1:
+            for (_, p), grad in zip(wrapped.named, kept, strict=True):
+                p.grad = grad
+        optimizer.step()
+
+    def one_rank_has_no_gradient() -> None:
+        wrapped, optimizer = plain()
+        if rank == 0:
+            backward(wrapped)
+        optimizer.step()
+
+    def no_sync() -> None:
+        wrapped = ddp()(build(Net))
+        with wrapped.module.no_sync():
+            backward(wrapped)
+        make("elra_c2min", wrapped.named, False, check_sync=True).step()
+
+    def other_seeds() -> None:
+        wrapped, optimizer = plain(seed=rank)
+        backward(wrapped)
+        average(wrapped)
+        optimizer.step()
+
+    def other_rates() -> None:
+        wrapped = ddp()(build(Net))
+        optimizer = make("elra_c2min", wrapped.named, False, check_sync=True)
+        advance(wrapped, optimizer, setup, range(3))
+        if rank == 1:
+            for group in optimizer.param_groups:
+                group["alpha"] = group["alpha"] * 2
+        advance(wrapped, optimizer, setup, range(1))
+
+    def unmanaged_parameters() -> None:
+        wrapped = fsdp2(2, ignore=NORMS)(build(Net))
+        wrapped.unmanaged = []
+        advance(wrapped, make("elra_c2min", wrapped.named, False, check_sync=True), setup, range(1))
+
+    def nan_everywhere() -> None:
+        wrapped = ddp()(build(Net))
+        backward(wrapped)
+        for _, p in wrapped.named:
+            p.grad.fill_(torch.nan)
+        make("elra_c2min", wrapped.named, False, check_sync=True).step()
+
+    cases = (
+        not_prepared,
+        one_rank_skips_its_all_reduce,
+        one_rank_has_no_gradient,
+        no_sync,
+        other_seeds,
+        other_rates,
+        unmanaged_parameters,
+        nan_everywhere,
+    )
+    result = {function.__name__: complaint(function) for function in cases}
+    for kind in ("DDP", "FSDP2"):
+        wrapped = SETUPS[kind].wrap(build(Net))
+        checked = make("elra_c2min", wrapped.named, False, check_sync=True)
+        result[f"collectives, {kind}"] = str(collectives(wrapped, checked))
+    return result
+
+
+def join() -> dict[str, Any]:
+    """Steps taken with DDP's ``join()`` where rank 1 has twice as many batches."""
+    taken = {}
+    for variant in VARIANTS:
+        wrapped = ddp()(build(Net))
+        optimizer = make(variant, wrapped.named, False)
+        with wrapped.module.join():
+            taken[variant] = len(advance(wrapped, optimizer, SETUPS["DDP"], range(3 * (dist.get_rank() + 1))))
+    return taken
+
+
+def scaler() -> dict[str, Any]:
+    """α around a step that a gradient scaler skips since one rank's gradient overflows."""
+    wrapped = ddp()(build(Net, torch.float32))
+    optimizer = make("elra_c2min", wrapped.named, False)
+    scale = torch.amp.GradScaler("cpu", init_scale=2.0)
+    alphas = []
+    for step in range(6):
+        x, y = batch(step, Net, torch.float32)
+        loss = torch.nn.functional.mse_loss(wrapped.module(x.chunk(2)[dist.get_rank()]), y.chunk(2)[dist.get_rank()])
+        scale.scale(loss).backward()
+        if step == 3:
+            # after the all-reduce, where an overflow on one rank has reached all of them
+            next(iter(wrapped.named))[1].grad.fill_(torch.inf)
+        scale.step(optimizer)
+        scale.update()
+        optimizer.zero_grad()
+        alphas.append(float(optimizer.param_groups[0]["alpha"]))
+    return {"alphas": alphas, "restarts": float(optimizer.param_groups[0]["restarts"])}
+
+
+def accelerated() -> dict[str, Any]:
+    """Training with `accelerate`, which round-trips the state at once, with accumulation over two micro-batches."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    result: dict[str, Any] = {}
+    for variant in VARIANTS:
+        model = build(Net)
+        named = list(model.named_parameters())
+        prepared, optimizer = accelerator.prepare(model, make(variant, named, False))
+        assert isinstance(prepared, Ddp)
+        alphas = []
+        for step in range(STEPS):
+            x, y = batch(step, Net)
+            for xs, ys in zip(*(part.chunk(2)[dist.get_rank()].chunk(2) for part in (x, y)), strict=True):
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(torch.nn.functional.mse_loss(prepared(xs), ys))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            alphas.append(float(optimizer.param_groups[0]["alpha"]))
+        result[variant] = Outcome(alphas, flatten(whole(named)()), 0)
+    result["group"] = sharding_group(prepared)
+    return result
+
+
+def hang() -> None:
+    """Rank 1 waits for a rank that never comes."""
+    if dist.get_rank() == 0:
+        time.sleep(600)
+    print("rank 1 waits", flush=True)
+    dist.barrier()

@@ -1,0 +1,86 @@
+"""What is refused, what ``check_sync`` finds, and the ways in which a step is delayed, skipped or uneven. 2 ranks."""
+
+import re
+
+import pytest
+import torch
+
+from .harness import launch, shared
+from .setups import SETUPS, VARIANTS, train_alone
+
+
+@pytest.fixture
+def results(tmp_path_factory):
+    return lambda name: [
+        rank[name] for rank in shared(tmp_path_factory, "behaviour", worker="tests.distributed.workers:behaviour", world=2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("fsdp1_step", "slices made by FSDP1.*process_group=elra_hf.adapters.accelerate.sharding_group"),
+        ("bare", "slices made by DeepSpeed ZeRO.*torch.nn.Parameter"),
+        ("fsdp2_with_group", "DTensors.*leave it out"),
+        ("mixed_strategies", r"\(0, 1\).*the same sharding strategy"),
+    ],
+)
+def test_refused(case, message, results):
+    for said in results(f"refusals: {case}"):
+        assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("not_prepared", r"different gradient .* accelerator.prepare\(model\)"),
+        ("one_rank_skips_its_all_reduce", "different gradient .* skips the all-reduce"),
+        ("one_rank_has_no_gradient", "different gradient"),
+        ("no_sync", r"different gradient .* no_sync\(\)"),
+        ("other_seeds", "different parameters .* different seeds"),
+        ("other_rates", "different rate .* optimizer state loaded on some ranks"),
+        ("unmanaged_parameters", "different gradient"),
+    ],
+)
+def test_check_sync_raises_on_every_rank(case, message, results):
+    for said in results(f"check_sync: {case}"):
+        assert re.search(message, said), said
+
+
+def test_check_sync_lets_equal_nans_pass(results):
+    assert results("check_sync: nan_everywhere") == ["", ""]
+
+
+@pytest.mark.parametrize(("kind", "number"), [("DDP", "1"), ("FSDP2", "2")])
+def test_check_sync_costs_one_collective(kind, number, results):
+    assert results(f"check_sync: collectives, {kind}") == [number, number]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_join_with_uneven_inputs(variant, results):
+    assert results(f"join: {variant}") == [3, 6]
+
+
+def test_skipped_step_teaches_nothing(results):
+    first, second = results("scaler: alphas")
+    assert first == second
+    assert first[3] == first[2]
+    assert first[4] != first[3]
+    assert results("scaler: restarts") == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accelerate_with_accumulation(variant, results):
+    truth = train_alone(SETUPS["DDP"], variant)
+    for outcome in results(f"accelerated: {variant}"):
+        torch.testing.assert_close(outcome.alphas, truth.alphas, rtol=1e-9, atol=0.0)
+        torch.testing.assert_close(outcome.x, truth.x, rtol=1e-9, atol=1e-9)
+
+
+def test_accelerate_without_fsdp1_needs_no_group(results):
+    assert results("accelerated: group") == [None, None]
+
+
+def test_hanging_ranks_are_killed_and_heard():
+    with pytest.raises(AssertionError, match=r"took more than 15 s(.|\n)*rank 1 waits"):
+        launch("tests.distributed.workers:hang", world=2, timeout=15)
