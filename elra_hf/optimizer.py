@@ -137,7 +137,7 @@ class Elra(Optimizer):
             "alpha0": float(lr),
             "alpha": None,
             **dict.fromkeys(SCALARS),
-            "idle": (),
+            "idle": "",
         }
         super().__init__(params, defaults)
 
@@ -190,6 +190,14 @@ class Elra(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             self._fill_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch does, with a counter for each parameter: distributed checkpoints load in place, one by one."""
+        state_dict = super().state_dict()
+        for key, state in state_dict["state"].items():
+            if "step" in state:
+                state_dict["state"][key] = {**state, "step": state["step"].clone()}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep each state tensor's own dtype, which torch would cast to the parameter's."""
@@ -320,13 +328,14 @@ class Elra(Optimizer):
         newborn: dict[torch.device, Tensor] = {}
         member = -1
         for index, group in enumerate(self.param_groups):
-            idle = group["idle"]
+            # a string, since distributed checkpoints take lists apart and expect the same length when they load
+            idle = {int(position) for position in group["idle"].split()}
             absent = []
             for position, p in enumerate(group["params"]):
                 member += 1
                 if p.grad is None:
                     if local(p).numel():  # FSDP1 gives no gradient to the ranks that hold nothing of a parameter
-                        absent.append(position)
+                        absent.append(str(position))
                     continue
                 if p.grad.is_sparse:
                     raise RuntimeError(
@@ -355,7 +364,7 @@ class Elra(Optimizer):
                 bucket.grads.append(real(gradient(p)))
                 for name, tensors in bucket.state.items():
                     tensors.append(real(state[name]))
-            group["idle"] = tuple(absent)
+            group["idle"] = " ".join(absent)
         return list(buckets.values())
 
     def _measure(
