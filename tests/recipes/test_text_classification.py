@@ -169,7 +169,7 @@ def test_wrong_input_ends_with_one_line_and_status_2(options, message, tiny_mode
     with pytest.raises(SystemExit) as stopped:
         run(main, [*options, *model, "--output_dir", str(tmp_path / "out")])
     assert stopped.value.code == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if not line.lstrip("\r").startswith("Loading weights")]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and not line.startswith("Loading weights")]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
