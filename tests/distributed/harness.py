@@ -64,11 +64,15 @@ def launch(worker: str, world: int, timeout: float = 150.0, **kwargs: Any) -> li
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world)]
 
 
+def shared_folder(factory: Any) -> Path:
+    """A temporary folder that the processes of pytest-xdist have in common; ``factory`` is tmp_path_factory."""
+    base = Path(factory.getbasetemp())
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def shared(factory: Any, name: str, **kwargs: Any) -> list[Any]:
-    """`launch` once per test session, whichever process of pytest-xdist asks first; ``factory`` is tmp_path_factory."""
-    base = factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    path = base / f"{name}.pickle"
+    """`launch` once per test session, whichever process of pytest-xdist asks first."""
+    path = shared_folder(factory) / f"{name}.pickle"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             try:

@@ -226,7 +226,7 @@ def fsdp1(
             "sharding_strategy": strategy,
             "use_orig_params": original,
             "device_id": torch.device("cpu"),
-            "device_mesh": mesh_of(2, 2) if hybrid else mesh_of(dist.get_world_size()),
+            "device_mesh": mesh_of(2, 2) if hybrid else None,
             "ignored_states": ignored,
         }
         for unit in units:

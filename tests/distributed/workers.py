@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
 from torch.nn.parallel import DistributedDataParallel as Ddp
 
@@ -255,3 +263,81 @@ def hang() -> None:
         time.sleep(600)
     print("rank 1 waits", flush=True)
     dist.barrier()
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------------
+
+SAVED_AFTER = 10
+WRAPS = {"FSDP2": fsdp2, "FSDP1": lambda *shape: fsdp1(FULL, True), "DDP": lambda *shape: ddp()}
+STYLES = {
+    "sharded": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+CASES = [
+    *(("FSDP2", variant, style) for variant in VARIANTS for style in STYLES),
+    *(("DDP", "elra_adamw", style) for style in STYLES),
+    # torch 2.13 garbles the full state of FSDP1 on CPU, that of its own AdamW too
+    *(("FSDP1", "elra_adamw", style) for style in STYLES if style != "full"),
+]
+# one age more, and a parameter without a gradient in the very step that is saved
+OPTIONS = {"elra_c2min": {}, "elra_p2min": {"scope": "group"}, "elra_adamw": {"scope": "tensor"}}
+
+
+def absent(step: int) -> tuple[str, ...]:
+    return {0: ("norm.bias",), 1: ("norm.bias", "norm.weight"), SAVED_AFTER - 1: ("head.weight",)}.get(step, ())
+
+
+def begin(kind: str, variant: str) -> tuple[Wrapped, Any]:
+    """A fresh model and optimizer, whole where there is one rank."""
+    options = {} if kind == "FSDP1" else OPTIONS[variant]
+    model = build(Net)
+    if dist.get_world_size() == 1:
+        named = list(model.named_parameters())
+        wrapped = Wrapped(model, named, whole(named))
+    else:
+        wrapped = WRAPS[kind](dist.get_world_size())(model)
+    return wrapped, make(variant, wrapped.named, False, **wrapped.options, **options)
+
+
+def save(folder: str) -> dict[tuple[str, str], Outcome]:
+    """Train without stopping, and save in the middle in every style."""
+    results = {}
+    for kind, variant in dict.fromkeys(case[:2] for case in CASES):
+        wrapped, optimizer = begin(kind, variant)
+        alphas = advance(wrapped, optimizer, SETUPS["DDP"], range(SAVED_AFTER), absent)
+        path = f"{folder}/{kind}-{variant}-"
+        dcp.save(get_model_state_dict(wrapped.module), checkpoint_id=path + "model")
+        for style in [case[2] for case in CASES if case[:2] == (kind, variant)]:
+            state = get_optimizer_state_dict(wrapped.module, optimizer, options=STYLES[style])
+            if style != "full":
+                dcp.save(state, checkpoint_id=path + style)
+            elif dist.get_rank() == 0:
+                torch.save(state, path + style)
+        alphas += advance(wrapped, optimizer, SETUPS["DDP"], range(SAVED_AFTER, STEPS), absent)
+        results[kind, variant] = Outcome(alphas, flatten(wrapped.full()), 0)
+    return results
+
+
+def resume(folder: str) -> dict[tuple[str, str, str], Outcome | str]:
+    """Load each checkpoint into a model that has not been trained, and go on."""
+    results: dict[tuple[str, str, str], Outcome | str] = {}
+    for kind, variant, style in CASES:
+        try:
+            wrapped, optimizer = begin(kind, variant)
+            path = f"{folder}/{kind}-{variant}-"
+            weights = get_model_state_dict(wrapped.module)
+            dcp.load(weights, checkpoint_id=path + "model")
+            set_model_state_dict(wrapped.module, weights)
+            if style == "full":
+                state = torch.load(path + style, weights_only=True)
+            else:
+                state = get_optimizer_state_dict(wrapped.module, optimizer, options=STYLES[style])
+                dcp.load(state, checkpoint_id=path + style)
+            set_optimizer_state_dict(wrapped.module, optimizer, state, options=STYLES[style])
+            alphas = advance(wrapped, optimizer, SETUPS["DDP"], range(SAVED_AFTER, STEPS), absent)
+            results[kind, variant, style] = Outcome(alphas, flatten(wrapped.full()), 0)
+        except Exception:
+            results[kind, variant, style] = traceback.format_exc()
+            print(kind, variant, style, results[kind, variant, style], flush=True)
+    return results
