@@ -1,7 +1,10 @@
 """ELRA: gradient optimizers whose learning rate adapts itself. The public names, imported on first use."""
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 if TYPE_CHECKING:
     from .directions import Adam, Momentum
@@ -31,3 +34,20 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'elra_hf' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+# Frameworks learn our names when they are imported, or now if they have been; nothing is imported for it.
+
+
+@wrapt.when_imported("transformers.training_args")
+def _names(module: ModuleType) -> None:
+    from .adapters.transformers import add_names
+
+    add_names(module)
+
+
+@wrapt.when_imported("transformers.trainer")
+def _trainer(module: ModuleType) -> None:
+    from .adapters.transformers import add_optimizers
+
+    add_optimizers(module)

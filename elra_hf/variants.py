@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .directions import Adam, Momentum
 from .optimizer import Elra, Scope
 from .rules import C2Min, P2Min, Tracking
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
 
 
 class ElraC2Min(Elra):

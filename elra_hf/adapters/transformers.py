@@ -1,0 +1,87 @@
+"""The Hugging Face Trainer: `--optim elra_*`, its options, and the rate in the logs. Hooked in by `import elra_hf`.
+
+The three functions take the freshly imported module of transformers that they extend, since neither side imports the other
+before the user does. They must not raise: an import hook that fails is not run again.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+NAMES = ("elra_c2min", "elra_p2min", "elra_adamw")
+
+
+def add_names(training_args: ModuleType) -> None:
+    """Make the names members of ``OptimizerNames``, which ``TrainingArguments`` and argument parsers go by."""
+    enum = training_args.OptimizerNames
+    for value in NAMES:
+        if value in enum._value2member_map_:
+            continue
+        name = value.upper()
+        member = str.__new__(enum, value)
+        member._name_, member._value_, member.__objclass__ = name, value, enum
+        member._sort_order_ = len(enum._member_names_)
+        # as a plain string, training_args.bin loads where elra_hf is not installed
+        member.__reduce_ex__ = lambda protocol, value=value: (str, (value,))
+        member.__deepcopy__ = lambda memo, member=member: member
+        enum._member_names_.append(name)
+        enum._member_map_[name] = enum._value2member_map_[value] = member
+        type.__setattr__(enum, name, member)
+
+
+def add_optimizers(trainer: ModuleType) -> None:
+    """Let ``Trainer`` build the optimizers and log their rate."""
+    original = trainer.Trainer.get_optimizer_cls_and_kwargs
+
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        # before transformers parses --optim_args, which fails on a tuple
+        return build(args, model) if args.optim in NAMES else original(args, model)
+
+    get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
+    trainer.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    trainer.DEFAULT_CALLBACKS.append(rate_callback(trainer.TrainerCallback))
+
+
+def build(args: Any, model: Any) -> tuple[type, dict[str, Any]]:
+    """Return the optimizer class and its keyword arguments, as ``Trainer.get_optimizer_cls_and_kwargs`` does.
+
+    Args:
+        args: the run's ``TrainingArguments``. ``learning_rate`` is α_0; ``weight_decay`` comes with the groups.
+        model: the model as the optimizer will see it.
+
+    Raises:
+        ValueError: ``args.optim_args`` has an unknown key or a bad value.
+    """
+    from elra_hf.adapters.accelerate import sharding_group
+    from elra_hf.adapters.options import parse_options
+    from elra_hf.variants import VARIANTS
+
+    cls = VARIANTS[str(getattr(args.optim, "value", args.optim))]
+    options: dict[str, Any] = {"lr": args.learning_rate}
+    if args.optim == "elra_adamw":
+        options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options |= parse_options(args.optim_args, cls)
+    if model is not None:
+        options["process_group"] = sharding_group(model)
+    return cls, options
+
+
+def rate_callback(base: type) -> type:
+    """A ``TrainerCallback`` that puts the rate really applied, α, the cosine and the restarts into every training log."""
+
+    class ElraLogs(base):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
+            from elra_hf.optimizer import rate, unwrap
+
+            if not logs or "learning_rate" not in logs:
+                return  # an evaluation, or the summary at the end
+            try:
+                group = unwrap(optimizer).param_groups[0]
+            except TypeError:
+                return  # another optimizer
+            seen = {f"elra_{name}": float(group[name]) for name in ("alpha", "cos", "restarts")}
+            for entry in (logs, state.log_history[-1]):
+                entry.update(learning_rate=rate(optimizer), **seen)
+
+    return ElraLogs
