@@ -105,20 +105,9 @@ def test_given_splits_are_used_as_they_are(tiny_model: str, tmp_path: Path):
 
 
 def test_two_processes_write_one_card(tiny_model: str, rows_csv: str, tmp_path: Path):
-    done = run_recipe(
-        *(
-            "--model_name_or_path",
-            tiny_model,
-            "--train_file",
-            rows_csv,
-            "--output_dir",
-            str(tmp_path),
-            "--max_steps",
-            "2",
-            *SMALL,
-        ),
-        launcher=("torchrun", "--nproc_per_node", "2", "--master_port", "0", "-m"),
-    )
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    given = ("--model_name_or_path", tiny_model, "--train_file", rows_csv, "--output_dir", str(tmp_path))
+    done = run_recipe(*given, "--max_steps", "2", *SMALL, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("card ") == 1
     assert "| rows a step | 16 |" in (tmp_path / "README.md").read_text()
