@@ -51,3 +51,10 @@ def _trainer(module: ModuleType) -> None:
     from .adapters.transformers import add_optimizers
 
     add_optimizers(module)
+
+
+@wrapt.when_imported("lightning.pytorch.cli")
+@wrapt.when_imported("pytorch_lightning.cli")
+def _cli(module: ModuleType) -> None:
+    # LightningCLI offers the subclasses of Optimizer that have been imported
+    import_module(".variants", __name__)
