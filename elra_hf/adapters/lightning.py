@@ -97,8 +97,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             return
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "ElraMonitor(loss_restarts=True) needs automatic optimization, since it cannot know which loss belongs to which "
-                "optimizer: leave it out, and call optimizer.step(loss=...) with the mean loss over all ranks"
+                "ElraMonitor(loss_restarts=True) needs automatic optimization, since it cannot tell which loss is whose: "
+                "leave it out, and call optimizer.step(loss=...) with the mean loss over all ranks"
             )
 
         def give_loss(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -125,7 +125,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log. Reading the values waits for the device, hence only when they are going to be written."""
-        if not (trainer._logger_connector.should_update_logs or trainer.fast_dev_run):
+        if not trainer._logger_connector.should_update_logs:
             return
         found = _elra(trainer.optimizers)
         for index, optimizer in found:
