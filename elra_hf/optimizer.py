@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .bucket import Bucket
 from .directions import Direction, dots
-from .reduce import Groups, all_sum, gradient, groups_of, local, require_same, world_size
+from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -255,6 +255,7 @@ class Elra(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         splits = groups_of(params, self.process_group)
         buckets = self._gather(splits)
+        self._require_all(params)
         if not buckets and not any(splits) and not self.check_sync:
             return
         device = buckets[0].params[0].device if buckets else local(params[0]).device
@@ -314,6 +315,8 @@ class Elra(Optimizer):
         self._publish(params, bounded, cos, taken)
         clamps = (bounded != adapted).any()
         for group, multiplier in zip(self.param_groups, multipliers, strict=True):
+            if self._absent(group):
+                continue
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
@@ -321,6 +324,20 @@ class Elra(Optimizer):
     def _cell(self, group: int, member: int) -> int:
         """Where the rate of a parameter stands in the vector of rates, under the scope."""
         return {"global": 0, "group": group, "tensor": member}[self.scope]
+
+    def _absent(self, group: dict[str, Any]) -> bool:
+        """Whether the step leaves a group alone: ZeRO-3 empties all but the one whose turn it is."""
+        return not group["params"] and self.scope != "global"
+
+    def _require_all(self, params: list[Tensor]) -> None:
+        """Refuse to share a rate between parameters that never meet in one step."""
+        if self.scope == "global" and len(self.state) > len(params) and any(map(is_bare, params)):
+            raise RuntimeError(
+                f"step() sees {len(params)} of {len(self.state)} parameters: DeepSpeed ZeRO steps each parameter group by "
+                "itself, and ZeRO-3 pieces of sub_group_size numbers, so that they cannot share a rate. Give the optimizer one "
+                'parameter group, or scope="group" for a rate each; with ZeRO-3 also '
+                "process_group=elra_hf.adapters.deepspeed.sharding_group(model, config), which checks sub_group_size"
+            )
 
     def _gather(self, splits: list[Groups]) -> list[Bucket]:
         """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
@@ -406,6 +423,8 @@ class Elra(Optimizer):
         """Write the rates and cosines back to where users and checkpoints find them."""
         start = 0
         for index, group in enumerate(self.param_groups):
+            if self._absent(group):
+                continue
             if self.scope == "tensor":
                 stop = start + len(group["params"])
                 for p, alpha in zip(params[start:stop], alphas[start:stop].unbind(), strict=True):

@@ -44,12 +44,16 @@ def gradient(param: Tensor) -> Tensor:
     return grad
 
 
+def is_bare(param: Tensor) -> bool:
+    """Whether ``param`` is no torch.nn.Parameter. ZeRO's flat slices are not; leaves made by hand may not be either."""
+    return type(param) is Tensor
+
+
 def slicer(param: Tensor) -> str | None:
     """What may have put a slice in the place of ``param`` without a trace of the rest; None for what can be trusted."""
     if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
         return "FSDP1"
-    # ZeRO's partitions are bare tensors. So are leaves made by hand, which are rare where several ranks train together.
-    return "DeepSpeed ZeRO" if type(param) is Tensor else None
+    return "DeepSpeed ZeRO" if is_bare(param) else None
 
 
 def groups_of(params: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> list[Groups]:
@@ -70,8 +74,8 @@ def groups_of(params: Iterable[Tensor], process_group: dist.ProcessGroup | None)
         raise RuntimeError(
             f"the parameters look like slices made by {suspect}, which hides the ranks that hold the rest: pass "
             "process_group=elra_hf.adapters.accelerate.sharding_group(model) for FSDP1, or "
-            "process_group=torch.distributed.group.WORLD for DeepSpeed ZeRO. If they are whole on every rank, "
-            "make them torch.nn.Parameter. With FSDP2 (fully_shard) nothing needs to be passed"
+            "process_group=elra_hf.adapters.deepspeed.sharding_group(model, config) for DeepSpeed ZeRO. If they are whole on "
+            "every rank, make them torch.nn.Parameter. With FSDP2 (fully_shard) nothing needs to be passed"
         )
     if process_group is not None and suspect is None and any(isinstance(p, DTensor) for p in params):
         raise RuntimeError(

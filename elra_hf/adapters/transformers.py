@@ -6,6 +6,7 @@ before the user does. They must not raise: an import hook that fails is not run 
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -62,9 +63,48 @@ def build(args: Any, model: Any) -> tuple[type, dict[str, Any]]:
     if args.optim == "elra_adamw":
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options |= parse_options(args.optim_args, cls)
-    if model is not None:
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if model is not None and deepspeed is not None:
+        options |= under_deepspeed(model, deepspeed.config, args, options.get("scope"))
+    elif model is not None:
         options["process_group"] = sharding_group(model)
     return cls, options
+
+
+def under_deepspeed(model: Any, config: dict[str, Any], args: Any, scope: str | None) -> dict[str, Any]:
+    """What the optimizer needs to know of ZeRO, which steps each of the Trainer's two groups by itself.
+
+    Args:
+        model: the model, not yet wrapped.
+        config: DeepSpeed's.
+        args: the run's ``TrainingArguments``.
+        scope: the one asked for, or None.
+
+    Raises:
+        ValueError: DeepSpeed's config does not go with ELRA, or one rate is asked for where there can only be two.
+    """
+    from elra_hf.adapters.deepspeed import sharding_group, stage
+
+    options: dict[str, Any] = {"process_group": sharding_group(model, config)}
+    if stage(config) == 0:
+        return options
+    if not args.weight_decay:
+        # the groups differ in weight decay alone
+        return {**options, "params": [p for p in model.parameters() if p.requires_grad]}
+    if scope == "global":
+        raise ValueError(
+            f"optim_args: scope=global does not go with --weight_decay {args.weight_decay:g} under DeepSpeed ZeRO, which steps "
+            "the parameters with and those without weight decay apart: give --weight_decay 0, or leave scope out"
+        )
+    if scope is None:
+        options["scope"] = "group"
+        if args.process_index == 0:
+            warnings.warn(
+                "DeepSpeed ZeRO steps the parameters with and those without weight decay apart, so that each of the two groups "
+                "has an ELRA rate of its own; the logs show the first one. For one rate, give --weight_decay 0",
+                stacklevel=2,
+            )
+    return options
 
 
 def rate_callback(base: type) -> type:
