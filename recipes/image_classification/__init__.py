@@ -1,0 +1,1 @@
+"""Train an image classifier with Lightning. The command is in README.md."""
