@@ -101,13 +101,14 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                 "leave it out, and call optimizer.step(loss=...) with the mean loss over all ranks"
             )
 
-        def give_loss(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-            closure = kwargs.get("closure")
-            result = closure() if closure else None  # here, because the loss has to be known before the step
-            if not self._losses:
-                return None if closure is None else (args, {**kwargs, "closure": lambda: result})
-            loss = trainer.strategy.reduce(sum(self._losses[1:], self._losses[0]), reduce_op="mean")
-            return args, {**kwargs, "closure": lambda: result, "loss": loss}
+        def give_loss(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+            if closure := kwargs.get("closure"):
+                result = closure()  # here, because the loss has to be known before the step
+                kwargs = {**kwargs, "closure": lambda: result}
+            if self._losses:
+                loss = sum(self._losses[1:], self._losses[0])
+                kwargs = {**kwargs, "loss": trainer.strategy.reduce(loss, reduce_op="mean")}
+            return args, kwargs
 
         self._handles = [unwrap(each).register_step_pre_hook(give_loss) for _, each in _elra(trainer.optimizers)]
 

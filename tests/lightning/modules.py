@@ -65,7 +65,7 @@ class Classifier(LightningModule):
         self.log("val_loss", cross_entropy(self.net(x), y))
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.alphas.append(float(self.trainer.optimizers[0].param_groups[0]["alpha"]))
+        self.alphas.append(float(self.trainer.optimizers[0].param_groups[0].get("alpha", 0.0)))
 
 
 def trainer(folder: Any = None, **options: Any) -> Trainer:
