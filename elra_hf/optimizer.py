@@ -203,13 +203,13 @@ class Elra(Optimizer):
         """Load as torch does, but keep each state tensor's own dtype, which torch would cast to the parameter's."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        counters: dict[tuple[torch.device, float], Tensor] = {}
-        for i, p in zip(saved, params, strict=True):
+        params = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        counters: dict[tuple[int, torch.device, float], Tensor] = {}
+        for i, (index, p) in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 value = value.to(p.device)
-                if name == "step":  # parameters of one age share one counter
-                    value = counters.setdefault((p.device, float(value)), value.clone())
+                if name == "step":  # a group's parameters of one age share one counter; ZeRO steps the groups apart
+                    value = counters.setdefault((index, p.device, float(value)), value.clone())
                 elif value.dtype != self.state[p][name].dtype:
                     value = value.clone()
                 else:
