@@ -56,11 +56,6 @@ def sharding_group(model: nn.Module, config: Mapping[str, Any] | str | os.PathLi
             f"tensor_parallel.autotp_size={split} in the DeepSpeed config is not supported: it cuts parameters without a trace "
             "of where the rest is. Leave it out, or use the tensor parallelism of torch (DTensor)"
         )
-    if int(zero.get("mics_shard_size", 0)) > 0:
-        raise ValueError(
-            f"zero_optimization.mics_shard_size={zero['mics_shard_size']} in the DeepSpeed config is not supported: "
-            "leave it out, which cuts the parameters over all ranks"
-        )
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
     if device != "none":
         raise ValueError(
