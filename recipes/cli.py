@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 class InputError(Exception):
@@ -55,6 +56,9 @@ def parse(types: Sequence[type], defaults: Path, argv: Sequence[str]) -> tuple[A
     """
     parser = Parser(types, allow_abbrev=False)
     parser.set_defaults(**read_yaml(defaults))
+    if TrainingArguments in types and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+        # or several processes without a GPU would each train for themselves, under torchrun and accelerate launch
+        parser.set_defaults(use_cpu=True)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = [*as_options(read_yaml(Path(argv[0]))), *argv[1:]]
     _, unknown = parser.parse_known_args(argv)

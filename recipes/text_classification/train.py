@@ -126,6 +126,8 @@ def train(args: TrainingArguments, options: ModelArguments, data_options: DataAr
         processing_class=tokenizer,
         compute_metrics=accuracy_and_f1,
     )
+    # a classifier's loss is a mean already; the Trainer would multiply it by the number of processes
+    trainer.model_accepts_loss_kwargs = False
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
