@@ -56,7 +56,7 @@ def parse(types: Sequence[type], defaults: Path, argv: Sequence[str]) -> tuple[A
     """
     parser = Parser(types, allow_abbrev=False)
     parser.set_defaults(**read_yaml(defaults))
-    if TrainingArguments in types and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+    if TrainingArguments in types and not torch.accelerator.is_available():
         # or several processes without a GPU would each train for themselves, under torchrun and accelerate launch
         parser.set_defaults(use_cpu=True)
     if argv and argv[0].endswith((".yaml", ".yml")):

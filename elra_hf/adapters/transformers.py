@@ -63,9 +63,9 @@ def build(args: Any, model: Any) -> tuple[type, dict[str, Any]]:
     if args.optim == "elra_adamw":
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options |= parse_options(args.optim_args, cls)
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    if model is not None and deepspeed is not None:
-        options |= under_deepspeed(model, deepspeed.config, args, options.get("scope"))
+    plugin = args.deepspeed_plugin  # from --deepspeed, or from accelerate launch
+    if model is not None and plugin is not None:
+        options |= under_deepspeed(model, plugin.deepspeed_config, args, options.get("scope"))
     elif model is not None:
         options["process_group"] = sharding_group(model)
     return cls, options

@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import json
 import re
+import sys
 import tempfile
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from elra_hf.adapters.deepspeed import sharding_group
 
+from .harness import run as run_processes
 from .harness import shared
 from .setups import STEPS, VARIANTS, Net, batch, build, flatten, make
 
@@ -168,3 +171,17 @@ def test_trainer(stage, decay, results, trainer_folder, tmp_path):
 def test_trainer_refuses_one_rate_for_two_groups(results, trainer_folder):
     for said in results("trainer", "one rate asked for", folder=trainer_folder):
         assert re.search("scope=global .* --weight_decay 0.1 .* give --weight_decay 0", said), said
+
+
+def test_accelerate_launch_with_the_recipes_config(tmp_path):
+    from tests.transformers.jobs import logs, run
+
+    from .zero import KEYS, OPTIONS, calm
+
+    config = ("--config_file", "recipes/configs/zero2.yaml", "--main_process_port", "0")
+    command = (sys.executable, "-m", "accelerate.commands.launch", *config, "-m", "tests.distributed.zero", str(tmp_path))
+    run_processes([command], timeout=150, env={"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+    engine, logged = json.loads((tmp_path / "logs.json").read_text())
+    assert engine == "DeepSpeedEngine"
+    truth = logs(run(tmp_path / "alone", model=calm(), **OPTIONS), *KEYS)
+    torch.testing.assert_close(torch.tensor(logged), torch.tensor(truth), rtol=1e-3, atol=1e-4)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 import traceback
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,3 +235,16 @@ def trainer(folder: str) -> dict[Any, Any]:
         lambda: run(f"{folder}/no", optim_args="scope=global", weight_decay=0.1, deepspeed={"zero_optimization": {"stage": 2}})
     )
     return results
+
+
+def main(folder: str) -> None:
+    """Train under `accelerate launch`, and write what rank 0 logged."""
+    from tests.transformers.jobs import logs, run
+
+    done = run(folder, model=calm(), per_device_train_batch_size=4, **OPTIONS)
+    if dist.get_rank() == 0:
+        Path(folder, "logs.json").write_text(json.dumps([type(done.model_wrapped).__name__, logs(done, *KEYS)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
