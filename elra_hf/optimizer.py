@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 Scope = Literal["global", "group", "tensor"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
 
-# A gradient this many times longer than the one before is taken for an explosion: a run with growth limit 4 cannot reach
+# A gradient this many times longer than the one before is taken for an explosion: a run with growth limit 2 cannot reach
 # it in one step on a quadratic before the rate has passed the edge of stability.
 NORM_EXPLOSION = 10.0
 # A loss this many times the best one, and above the first one, is taken for an explosion. Source: the method's authors (25).
 LOSS_EXPLOSION = 25.0
+# The largest η·weight_decay of a step. Where gradients vanish, as on separable data, α grows until this alone would
+# bring all weights to zero within a few steps.
+MOST_DECAY = 0.01
 
 
 # What every group carries from step to step, as 0-dim tensors, with the values that a run starts from.
@@ -68,10 +71,10 @@ class Elra(Optimizer):
         direction: along what to move, e.g. ``Momentum()`` or ``Adam()``.
         rule: how the rate follows, e.g. ``C2Min()``, ``P2Min()`` or ``Tracking()``.
         lr: α_0 > 0, a float or a 0-dim tensor.
-        weight_decay: decoupled; x is multiplied by exp(-η·weight_decay), which never changes a sign.
+        weight_decay: decoupled; x is multiplied by exp(-η·weight_decay), at most by exp(-0.01), which never changes a sign.
         scope: over what the inner products are summed and one rate is kept: "global", "group" or "tensor".
         bounds: (lowest, highest) α; beyond them it is clamped and ``clamps`` counts.
-        restart_factor: factor on α at a restart, in (0, 1).
+        restart_factor: factor on α at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
         foreach: all tensors of a bucket in one call (True), or one at a time with less temporary memory (False).
             None: True on accelerators. Both give the same bits.
@@ -276,15 +279,19 @@ class Elra(Optimizer):
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
         bad = ~torch.isfinite(square)
+        shrink = torch.full_like(square, self.restart_factor)
         if "pp" in dots:
-            before = dots["pp"].sum()
-            bad = bad | ((before > 0) & (dots["gg"].sum() > NORM_EXPLOSION**2 * before))
+            growth = (dots["gg"].sum() / dots["pp"].sum()).sqrt()
+            exploded = growth.isfinite() & (growth > NORM_EXPLOSION)
+            bad = bad | exploded
+            # so that a step along the new gradient is no longer than the last one was
+            shrink = torch.where(exploded, torch.minimum(shrink, 1.0 / growth), shrink)
         if loss is not None:
             bad = bad | self._exploded(loss)
         taken = some & ~bad
 
         # bound, or restart
-        adapted = torch.where(bad, alphas * self.restart_factor, adapted)
+        adapted = torch.where(bad, alphas * shrink, adapted)
         adapted = torch.where(some & torch.isfinite(adapted), adapted, alphas)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alphas)
 
@@ -303,7 +310,10 @@ class Elra(Optimizer):
             back = torch.where(bad, alphas[cell] * group["multiplier"], 0.0) if undo and not bucket.idle else None
             decay = None
             if group["weight_decay"]:
-                decay = torch.exp((rate if back is None else rate - back) * -group["weight_decay"])
+                lost = (rate * group["weight_decay"]).clamp(max=MOST_DECAY)
+                if back is not None:
+                    lost = lost - (back * group["weight_decay"]).clamp(max=MOST_DECAY)
+                decay = torch.exp(-lost)
             move = bucket.move(rate, decay, back, taken, bad)
             for chunk in bucket.chunks():
                 work = chunk.opened()

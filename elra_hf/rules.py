@@ -82,15 +82,19 @@ class P2Min:
     Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
 
     Args:
-        growth_limit: γ > 1, the largest factor in one step. There is no limit downwards.
+        growth_limit: γ > 1, the largest factor in one step. There is no limit downwards. In a valley shaped like a V (a
+            loss that grows linearly, or gradients that are clipped) a step too far halves the rate and the one back is
+            flat, so that above 2 the rate grows round by round. Measured: with 4, a tiny BERT under the Trainer's clipping
+            ended at a loss between 13 and 4e5 in 8 of 8 runs, with 2 between 0.0003 and 1.2; on five runs of small CNNs
+            without clipping 4 was better.
     """
 
-    growth_limit: float = 4.0
+    growth_limit: float = 2.0
     needs: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd", "pd"})
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.growth_limit) and self.growth_limit > 1.0):
-            raise ValueError(f"growth_limit={self.growth_limit!r} is invalid: give a finite number above 1, e.g. 4.0")
+            raise ValueError(f"growth_limit={self.growth_limit!r} is invalid: give a finite number above 1, e.g. 2.0")
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         end, start = dots["gd"], dots["pd"]

@@ -24,7 +24,7 @@ class ElraC2Min(Elra):
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
-        restart_factor: factor on the rate at a restart, in (0, 1).
+        restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
         foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
@@ -79,7 +79,7 @@ class ElraP2Min(Elra):
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
-        restart_factor: factor on the rate at a restart, in (0, 1).
+        restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
         foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
@@ -95,7 +95,7 @@ class ElraP2Min(Elra):
         lr: float | Tensor = 1e-5,
         *,
         betas: tuple[float, float] = (0.8, 0.7),
-        growth_limit: float = 4.0,
+        growth_limit: float = 2.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
         bounds: tuple[float, float] = (1e-8, 1e6),
@@ -136,7 +136,7 @@ class ElraAdamW(Elra):
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
-        restart_factor: factor on the rate at a restart, in (0, 1).
+        restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
         foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.

@@ -31,7 +31,7 @@ def momentum_method(adapt, gradient: Gradient, x0, steps: int, alpha0: float, be
         g = np.asarray(gradient(t, x), dtype=np.float64)
         if g_prev is not None and exploded(g, g_prev):
             x = x + alpha * d_prev
-            alpha = clamp(alpha * restart)
+            alpha = clamp(alpha * min(restart, np.linalg.norm(g_prev) / np.linalg.norm(g)))
             g_prev = None
         else:
             if g_prev is None:
@@ -55,7 +55,7 @@ def c2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 
     return momentum_method(adapt, gradient, x0, steps, alpha0, betas)
 
 
-def p2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 0.7), growth_limit: float = 4.0):
+def p2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 0.7), growth_limit: float = 2.0):
     def adapt(alpha, g, g_prev, d_prev):
         start, end = g_prev @ d_prev, g @ d_prev
         if start <= 0:
