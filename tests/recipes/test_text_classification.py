@@ -1,6 +1,7 @@
 """The recipe, run as a user runs it: what it writes, and what it says to wrong input."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
