@@ -53,7 +53,7 @@ class ImageClassifier(LightningModule):
     Args:
         classes: names of the classes, in the order of the labels.
         channels: of the images: 1 or 3.
-        net: "cnn", or "resnet" with three residual blocks.
+        net: "resnet" with three residual blocks, or the plain "cnn".
         width: channels after the first layer.
         schedule: the multiplier of the rate: "linear" falls from 1 to 0 over the training, "constant" stays 1.
     """
@@ -62,7 +62,7 @@ class ImageClassifier(LightningModule):
         self,
         classes: list[str],
         channels: int = 1,
-        net: Literal["cnn", "resnet"] = "cnn",
+        net: Literal["cnn", "resnet"] = "resnet",
         width: int = 16,
         schedule: Literal["linear", "constant"] = "linear",
     ) -> None:

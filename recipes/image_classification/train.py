@@ -122,11 +122,11 @@ class CLI(LightningCLI):
         write_card(
             folder,
             model_name=f"{hparams.net} on {data_id}, {name}",
-            summary=f"A small {hparams.net}, trained from scratch on images of {data_id} with the optimizer `{name}`.\n\n"
+            summary=f"A small net, trained from scratch on images of {data_id} with the optimizer `{name}`.\n\n"
             "![which classes are taken for which](confusion.png)",
             task="image-classification",
             dataset=f"`{data.dataset}`: {len(data.classes)} classes. What did not come apart was cut "
-            f"from the training images, each class in proportion (seed {data.seed}). The test images were read once, at the end.",
+            f"from the training images, each class in proportion (seed {data.seed}). The test images are read once.",
             dataset_id=data_id,
             splits={part: len(labels) for part, (_, labels) in data.parts.items()},
             metrics={"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"]},
