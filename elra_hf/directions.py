@@ -65,6 +65,12 @@ def dots(xs: Tensors, ys: Tensors, dtype: torch.dtype) -> Tensor:
     return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)]).to(dtype)
 
 
+def log_sizes(xs: Tensors, dtype: torch.dtype) -> Tensor:
+    """(Σ log|x_i|, number of terms) over the entries x_i ≠ 0 of each tensor, shape (tensors, 2)."""
+    sizes = [torch.where(x == 0, 1.0, x.abs()).log().sum() for x in xs]
+    return torch.stack([torch.stack(sizes), torch.stack([x.count_nonzero() for x in xs])], 1).to(dtype)
+
+
 def add_scaled(xs: Tensors, ys: Tensors | tuple[Tensor, ...], scale: Tensor) -> None:
     """Add scale·y to x for each pair and a 0-dim ``scale``."""
     torch._foreach_add_(xs, torch._foreach_mul(ys, scale.to(xs[0].dtype)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bucket import Bucket
-from .directions import Direction, dots
+from .directions import Direction, dots, log_sizes
 from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
 from .rules import Rule
 
@@ -37,6 +37,8 @@ SCALARS = {
     "cos": 0.0,
     "restarts": 0.0,
     "clamps": 0.0,
+    "steps": 0.0,
+    "scale": 0.0,
     "multiplier": 0.0,
     "first_loss": math.inf,
     "best_loss": math.inf,
@@ -61,7 +63,8 @@ class Elra(Optimizer):
     last gradient and direction into α_t. ``lr`` is α_0, the first rate; a scheduler that writes ``group["lr"]``
     multiplies, and never touches α. Every group carries the same public state, 0-dim tensors:
     ``group["alpha"]`` (α_t; under scope "tensor" the geometric mean of the group's), ``group["cos"]`` (the cosine the rule
-    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["multiplier"]``
+    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["steps"]`` (taken so far),
+    ``group["scale"]`` (typical size of a weight at the start, where the rule asks for it), ``group["multiplier"]``
     (lr / α_0 of the last step).
 
     ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
@@ -275,6 +278,9 @@ class Elra(Optimizer):
         square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
+        if self.rule.relative:
+            self._note_scale(total[:, len(needs) + 1 : len(needs) + 3])
+            dots |= {name: self._of_cells([group[name] for group in self.param_groups]) for name in ("scale", "steps")}
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
@@ -329,6 +335,7 @@ class Elra(Optimizer):
                 continue
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
+            group["steps"] = group["steps"] + taken
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
 
     def _cell(self, group: int, member: int) -> int:
@@ -383,8 +390,9 @@ class Elra(Optimizer):
                     else (index, p.device, p.dtype, id(state["step"]), position in idle, splits[member])
                 )
                 if key not in buckets:
-                    names = [name for name in state if name not in ("step", "alpha")]
-                    buckets[key] = Bucket(index, group, [], position in idle, state["step"], [], [], {n: [] for n in names})
+                    new = state["step"] is newborn.get(p.device)
+                    lists: dict[str, list[Tensor]] = {name: [] for name in state if name not in ("step", "alpha")}
+                    buckets[key] = Bucket(index, group, [], position in idle, new, state["step"], [], [], lists)
                 bucket = buckets[key]
                 bucket.members.append(member)
                 bucket.params.append(real(p))
@@ -404,7 +412,7 @@ class Elra(Optimizer):
         """
         cells = {"global": 1, "group": len(self.param_groups), "tensor": len(splits)}[self.scope]
         # every rank enters every collective, also with nothing to add
-        columns = len(needs) + 1 + self.check_sync
+        columns = len(needs) + 1 + 2 * self.rule.relative + self.check_sync
         parts = {groups: torch.zeros(cells, columns, device=device, dtype=dtype) for groups in splits}
         for bucket in buckets:
             row = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).sum(0).to(device)
@@ -414,20 +422,38 @@ class Elra(Optimizer):
         return parts
 
     def _products(self, work: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-        """The inner products of each tensor, and ‖x_t‖² with ``check_sync``."""
-        products = self.direction.measure(work, needs, dtype)
-        return torch.cat([products, dots(work.params, work.params, dtype)[:, None]], 1) if self.check_sync else products
+        """The inner products of each tensor, and what `_measure` adds."""
+        columns = [self.direction.measure(work, needs, dtype)]
+        if self.rule.relative:
+            columns.append(log_sizes(work.params, dtype) if work.new else columns[0].new_zeros(len(work.params), 2))
+        if self.check_sync:
+            columns.append(dots(work.params, work.params, dtype)[:, None])
+        return torch.cat(columns, 1)
+
+    def _note_scale(self, sizes: Tensor) -> None:
+        """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each cell."""
+        if self.scope == "tensor":
+            members = [len(group["params"]) for group in self.param_groups]
+            sizes = torch.stack([part.sum(0) for part in torch.split(sizes, members)])  # type: ignore[no-untyped-call]
+        logs, count = sizes.expand(len(self.param_groups), 2).unbind(1)
+        for group, mean, some in zip(self.param_groups, logs / count, count > 0, strict=True):
+            group["scale"] = torch.where(some & (group["scale"] == 0), mean.exp(), group["scale"])
+
+    def _of_cells(self, values: list[Tensor]) -> Tensor:
+        """Values of the groups as values of the cells, shape (cells,)."""
+        if self.scope == "global":
+            return values[0].view(1)
+        if self.scope == "group":
+            return torch.stack(values)
+        return torch.cat([value.expand(len(group["params"])) for value, group in zip(values, self.param_groups, strict=True)])
 
     def _alphas(self, params: list[Tensor]) -> Tensor:
         """The rates as they are, shape (cells,)."""
-        if self.scope == "global":
-            alpha: Tensor = self.param_groups[0]["alpha"]
-            return alpha.view(1)
-        if self.scope == "group":
-            return torch.stack([group["alpha"] for group in self.param_groups])
-        of_groups = [group["alpha"] for group in self.param_groups for _ in group["params"]]
-        own = [self.state.get(p, {}).get("alpha", alpha) for p, alpha in zip(params, of_groups, strict=True)]
-        return torch.stack([alpha.to(of_groups[0]) for alpha in own])
+        of_cells = self._of_cells([group["alpha"] for group in self.param_groups])
+        if self.scope != "tensor":
+            return of_cells
+        own = [self.state.get(p, {}).get("alpha", alpha) for p, alpha in zip(params, of_cells, strict=True)]
+        return torch.stack([alpha.to(of_cells) for alpha in own])
 
     def _publish(self, params: list[Tensor], alphas: Tensor, cos: Tensor, taken: Tensor) -> None:
         """Write the rates and cosines back to where users and checkpoints find them."""

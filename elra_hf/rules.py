@@ -3,6 +3,8 @@
 A rule is a pure function of 0-dim or 1-D tensors (one entry a cell of the scope) and knows nothing of parameters.
 Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in step t-1. The inner products are named by
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
+A relative rule also gets ``scale``, the geometric mean of |x_1| over its nonzero entries (0: there are none), and ``steps``,
+the number of steps taken so far.
 """
 
 from __future__ import annotations
@@ -17,11 +19,19 @@ from torch import Tensor
 
 Dots = Mapping[str, Tensor]
 
+# Steps within which a first rate that is too small is raised: e to this power spans any.
+RAMP = 30
+
 
 class Rule(Protocol):
     """What `Elra` asks of a rate rule. See CONTRIBUTING.md for how to add one."""
 
     needs: ClassVar[frozenset[str]]
+
+    @property
+    def relative(self) -> bool:
+        """Whether ``dots`` must also hold ``scale`` and ``steps``."""
+        ...
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         """Return the next rate and the cosine it was taken from, each shaped like ``alpha``.
@@ -65,6 +75,7 @@ class C2Min:
 
     gain: float | tuple[float, float] = 0.5
     needs: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp"})
+    relative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_gain(self.gain, below=1.0)
@@ -91,6 +102,7 @@ class P2Min:
 
     growth_limit: float = 2.0
     needs: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd", "pd"})
+    relative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.growth_limit) and self.growth_limit > 1.0):
@@ -110,25 +122,46 @@ class Tracking:
     """α_t = α_{t-1}·exp(gain·(c_t - target)), c_t the cosine of G_t and the direction moved along. Source: ours.
 
     exp has no downward drift under a cosine that is noise around the target; 1 + gain·c has.
-    At the best fixed rate c_t settles slightly below 0 (DESIGN: -0.02…-0.05 with β1 = 0.9), hence the target.
+    At the best fixed rate c_t settles slightly below 0 (measured: -0.02…-0.05 with β1 = 0.9), hence the target.
+
+    With ``span`` = (first, highest), for directions whose entries are of order 1 and rates therefore comparable to weights:
+    α_1 ≤ first·s and α_t ≤ highest·s, where s is the geometric mean of |x_1|, zeros apart. A smaller α_0 grows by e a step
+    until it is there. So no start rate is too small or too large, and a rate that grows while gradients vanish cannot tear
+    the weights apart when one returns.
 
     Args:
         gain: change of log α for a cosine one above the target, > 0; a pair sets (down, up) apart.
         target: the cosine at which the rate rests, in (-1, 1).
+        span: (first, highest) rate in units of s, or None for no such limits.
     """
 
     gain: float | tuple[float, float] = 0.1
     target: float = -0.03
+    span: tuple[float, float] | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"gg", "gd", "dd"})
 
     def __post_init__(self) -> None:
         check_gain(self.gain, below=math.inf)
         if not -1.0 < self.target < 1.0:
             raise ValueError(f"target={self.target!r} is invalid: give a cosine in (-1, 1), e.g. -0.03")
+        if self.span is not None and not 0.0 < self.span[0] < self.span[1] < math.inf:
+            raise ValueError(f"span={self.span!r} is invalid: give (first, highest) with 0 < first < highest, or None")
+
+    @property
+    def relative(self) -> bool:
+        return self.span is not None
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         cos = cosine(dots["gd"], dots["gg"], dots["dd"])
         excess = cos - self.target
         factor = torch.exp(signed_gain(self.gain, excess) * excess)
         known = (dots["gg"] > 0) & (dots["dd"] > 0)
-        return torch.where(known, alpha * factor, alpha), cos
+        adapted = torch.where(known, alpha * factor, alpha)
+        if self.span is None:
+            return adapted, cos
+        steps, scale = dots["steps"], dots["scale"]
+        first, highest = self.span[0] * scale, self.span[1] * scale
+        short = known & (steps < RAMP) & (alpha < first)
+        limited = torch.where(short, torch.minimum(alpha * math.e, first), torch.minimum(adapted, highest))
+        limited = torch.where(steps > 0, limited, torch.minimum(alpha, first))
+        return torch.where(scale > 0, limited, adapted), cos

@@ -70,14 +70,17 @@ def adamw(
     gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.9, 0.999), eps: float = 1e-8, gain=0.1, target=-0.03
 ):
     beta1, beta2 = betas
-    x, alpha = np.array(x0, dtype=np.float64), alpha0
+    scale = np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
+    first, highest = 0.002 * scale, scale
+    x, alpha = np.array(x0, dtype=np.float64), min(alpha0, first)
     m, v, d, precondition = np.zeros_like(x), np.zeros_like(x), None, None
     xs, alphas = [], []
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         if d is not None:
             c = g @ d / np.sqrt((g @ (g / precondition)) * (d @ (precondition * d)))
-            alpha = clamp(alpha * np.exp(gain * (c - target)))
+            ramp = alpha < first and t <= 30
+            alpha = clamp(min(alpha * np.e, first) if ramp else min(alpha * np.exp(gain * (c - target)), highest))
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         precondition = np.sqrt(v / (1 - beta2**t)) + eps

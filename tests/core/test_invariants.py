@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elra_hf import Adam, Elra, ElraAdamW, ElraC2Min, ElraP2Min, Tracking
 
-from .problems import VARIANTS, flat, net, same, snapshot, train
+from .problems import VARIANTS, flat, loss_of, net, same, snapshot, train
 
 seeds = st.integers(0, 2**31 - 1)
 euclidean = pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
@@ -147,13 +147,13 @@ def test_weight_decay_is_decoupled(cls):
     """The rate and the direction do not see it: x shrinks by exp(-η·weight_decay) on top."""
     x = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
-    plain, decayed = cls([x], lr=1e-2), cls([y], lr=1e-2, weight_decay=0.5)
+    plain, decayed = cls([x], lr=1e-3), cls([y], lr=1e-3, weight_decay=0.5)
     x.grad, y.grad = torch.tensor([0.3, 0.1]).double(), torch.tensor([0.3, 0.1]).double()
     before = x.detach().clone()
     plain.step()
     decayed.step()
     moved = x.detach() - before
-    assert torch.allclose(y.detach(), before * np.exp(-1e-2 * 0.5) + moved, rtol=1e-12)
+    assert torch.allclose(y.detach(), before * np.exp(-1e-3 * 0.5) + moved, rtol=1e-12)
 
 
 @every
@@ -241,3 +241,27 @@ def test_foreach_and_loop_agree_bit_for_bit(cls):
     assert losses[0] == losses[1]
     assert torch.equal(flat(models[0]), flat(models[1]))
     assert same(snapshot(optimizers[0]), snapshot(optimizers[1]))
+
+
+@pytest.mark.parametrize("lr", [1e-8, 1e-6, 3e-4, 1e-2, 1.0])
+def test_elra_adamw_forgets_its_first_rate(lr):
+    """Within a few steps α is where a run from 0.002 times the typical weight would be, from below and from above."""
+    model = net(dtype=torch.float64)
+    weights = flat(model)
+    scale = weights[weights != 0].abs().log().mean().exp().item()
+    optimizer = ElraAdamW(model.parameters(), lr=lr)
+    train(model, optimizer, range(20))
+    assert 0.3 * 0.002 * scale < optimizer.param_groups[0]["alpha"].item() < 30 * 0.002 * scale
+    assert optimizer.param_groups[0]["scale"].item() == pytest.approx(scale)
+
+
+def test_elra_adamw_stays_below_the_size_of_the_weights():
+    """Where the gradient vanishes without a turn, as on separable data, the rate would otherwise grow for ever."""
+    model = net(dtype=torch.float64)
+    optimizer = ElraAdamW(model.parameters())
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    assert group["alpha"].item() <= group["scale"].item() * (1 + 1e-6)
