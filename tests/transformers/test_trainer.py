@@ -110,12 +110,12 @@ def test_logs_show_the_applied_rate(optim, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NAMES[optim], "step", step)
-        patch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
         trainer = run(tmp_path, optim, report_to="tensorboard", learning_rate=1e-3, warmup_steps=3, save_strategy="steps")
     trainer.save_state()
     logged = logs(trainer, "learning_rate", "elra_alpha", "elra_cos", "elra_restarts")
     assert [(r, a) for _, r, a, _, _ in logged][1:] == [pytest.approx(pair) for pair in applied[1:]]
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    [written] = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(written)).Reload()
     for tag, column in (("learning_rate", 1), ("elra_alpha", 2), ("elra_cos", 3), ("elra_restarts", 4)):
         values = [event.value for event in events.Scalars(f"train/{tag}")]
         assert values == pytest.approx([row[column] for row in logged])
