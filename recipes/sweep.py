@@ -1,11 +1,11 @@
-"""What the recipes' sweeps share: a CSV file with one row a run, written as soon as it is known, which a second start continues."""
+"""What the recipes' sweeps share: a CSV file with one row a run, which a second start continues."""
 
 from __future__ import annotations
 
 import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -13,9 +13,7 @@ from rich.table import Table
 Row = dict[str, str]
 
 
-def complete(
-    path: Path, runs: Iterable[Mapping[str, str]], measure: Callable[[Mapping[str, str]], Mapping[str, str]]
-) -> list[Row]:
+def complete(path: Path, runs: Iterable[Row], measure: Callable[[Row], Row]) -> list[Row]:
     """Call ``measure`` for those of ``runs`` that have no row in ``path`` yet, and return all rows."""
     for run in runs:
         if not any(run.items() <= row.items() for row in read(path)):

@@ -177,7 +177,10 @@ def _read_images(name: str, size: int | None, *args: str, **kwargs: str) -> tupl
     image, label = ([n for n, f in features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel))
     if not image or not label:
         raise InputError(f"--data.dataset {name}: needs training data with images and classes, as one sub-folder a class")
-    return features[label[0]].names, _tensors(data, image[0], label[0], size)
+    try:
+        return features[label[0]].names, _tensors(data, image[0], label[0], size)
+    except OSError as error:  # a picture that is none
+        raise InputError(f"--data.dataset {name}: {error}") from error
 
 
 def _tensors(data: DatasetDict, image: str, label: str, size: int | None) -> dict[str, Part]:

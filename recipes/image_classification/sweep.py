@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -39,7 +38,7 @@ def main() -> None:
     Console().print(table(complete(args.results, runs, measure), ["optimizer", "processes"], METRICS))
 
 
-def measure(run: Mapping[str, str]) -> Row:
+def measure(run: Row) -> Row:
     """Train once, in a process of its own, and return the metrics."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--optimizer", run["optimizer"], "--seed_everything", run["seed"], "--trainer.logger.save_dir", folder]
