@@ -1,0 +1,1 @@
+"""Every claim about the optimizers, on many tasks."""
