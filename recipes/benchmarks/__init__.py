@@ -1,1 +1,1 @@
-"""Every claim about the optimizers, on many tasks."""
+"""Every claim about the optimizers, measured against tuned baselines: see README.md."""

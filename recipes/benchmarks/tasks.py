@@ -45,7 +45,7 @@ class Problem:
     batches: Iterator[Batch]
     loss: Loss
     splits: dict[str, list[Batch]]
-    metric: Callable[[nn.Module, Batch], Tensor] | None = None
+    metric: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Task:
         build: seed → problem.
         steps: optimizer steps of a run.
         usual: the usual AdamW learning rate, centre of the sweep.
-        kind: "mlp", "cnn", "transformer" or "other".
+        kind: "mlp", "cnn", "transformer", "function" or "other".
         quick: belongs to the quick suite.
+        goal: share of the first loss at which the task counts as solved, where the lowest loss is known to be 0.
     """
 
     build: Callable[[int], Problem]
@@ -65,6 +66,7 @@ class Task:
     usual: float
     kind: str
     quick: bool = False
+    goal: float | None = None
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------------
@@ -200,16 +202,20 @@ def order(indices: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def rows_problem(
-    model: nn.Module, tensors: Batch, seed: int, loss: Loss, metric=None, batch: int = 32, cap: int = 2000
+    model: nn.Module, tensors: Batch, seed: int, loss: Loss, metric: Loss | None = None, batch: int = 32, cap: int = 2000
 ) -> Problem:
     """Rows in random order; at most ``cap`` rows of each split are evaluated."""
+
+    def pick(rows: np.ndarray) -> Batch:
+        return tuple(t[rows] for t in tensors)
+
+    def chunks(rows: np.ndarray) -> list[Batch]:
+        return [pick(rows[i : min(i + 500, cap)]) for i in range(0, min(len(rows), cap), 500)]
+
     train, validation, test = split(len(tensors[0]))
-    pick = lambda rows: tuple(t[rows] for t in tensors)  # noqa: E731
-    chunks = lambda rows: [pick(rows[i : i + 500]) for i in range(0, min(len(rows), cap), 500)]  # noqa: E731
     stream = (pick(rows) for rows in order(train, batch, seed))
-    return Problem(
-        model, stream, loss, {"train": chunks(train), "validation": chunks(validation), "test": chunks(test)}, metric
-    )
+    splits = {"train": chunks(train), "validation": chunks(validation), "test": chunks(test)}
+    return Problem(model, stream, loss, splits, metric)
 
 
 def classify(model: nn.Module, batch: Batch) -> Tensor:
@@ -218,6 +224,7 @@ def classify(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """What ``model`` makes of all but the last tensor of the batch, shape (rows, classes)."""
     """Scores of the classes, (rows, classes)."""
     output = model(*batch[:-1])
     return output if isinstance(output, Tensor) else output.logits
@@ -229,6 +236,7 @@ def hit(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
@@ -262,11 +270,11 @@ def images(
 
 
 class AutoEncoder(nn.Module):
-    """784 → 64 → 8 → 64 → 784."""
+    """784 → 64 → 8 → 64 → 784, with a linear code."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(mlp(784, 64, 8), nn.ReLU(), mlp(8, 64, 784))
+        self.net = nn.Sequential(mlp(784, 64, 8), mlp(8, 64, 784))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
