@@ -21,7 +21,6 @@ from .tasks import TASKS
 
 Rows = list[Row]
 Entries = dict[str, Rows]  # label of an optimizer with its configuration → its runs with the reporting seeds
-SELF_TUNING = ("prodigy", "dadapt-adam", "schedule-free")
 PLATEAU = 1.05  # a loss up to this many times the best one counts as equally good
 CAP = 10.0  # where pictures end
 
@@ -39,6 +38,8 @@ def label(optimizer: str, schedule: str) -> str:
 
 LABELS = {label(name, s): name for name, declared in OPTIMIZERS.items() for s in declared.schedules}
 REFERENCE = label("adamw", "")
+MOMENTUM = label("sgd-momentum", "")
+RIVALS = [REFERENCE, MOMENTUM, *(name for name, of in LABELS.items() if OPTIMIZERS[of].rate and not OPTIMIZERS[of].ours)]
 
 
 def entries(done: Done, task: str) -> Entries:
@@ -181,20 +182,15 @@ def solved_table(tables: Mapping[str, Entries]) -> str:
 
 def verdict(name: str, tables: Mapping[str, Entries]) -> str:
     """Where one of ours stands, and where it loses."""
-    against = regret(tables, REFERENCE).get(name, {})
-    lines = []
-    if against:
-        worse = {task: value for task, value in against.items() if value > 1.0}
-        told = ", ".join(f"{task} {ratio(value)}" for task, value in sorted(worse.items(), key=lambda item: -item[1]))
-        overall = ratio(geometric_mean(against.values()))
-        lines.append(
-            f"against AdamW tuned for each task: {overall}; loses on {len(worse)} of {len(against)} tasks: {told or 'none'}"
-        )
-    for rival in ("hf-default", "adamw-1e-3", *(n for n in LABELS if LABELS[n] in SELF_TUNING), label("sgd-momentum", "")):
+    standing = []
+    for rival in RIVALS:
         of = regret(tables, rival).get(name, {})
         if of:
-            lost = [f"{task} {ratio(value)}" for task, value in of.items() if value > 1.0]
-            lines.append(f"against {rival}: {ratio(geometric_mean(of.values()))}; loses on: {', '.join(lost) or 'none'}")
+            lost = sorted((task for task, value in of.items() if value > 1.0), key=lambda task: -of[task])
+            told = ", ".join(f"{task} {ratio(of[task])}" for task in lost)
+            middle = ratio(geometric_mean(of.values()))
+            standing.append([rival, middle, f"{len(lost)} of {len(of)}", told or "nowhere"])
+    lines = []
     runs = [row for table in tables.values() for row in table.get(name, [])]
     low, high = inspect.signature(ElraAdamW).parameters["bounds"].default
     troubles = {
@@ -205,7 +201,8 @@ def verdict(name: str, tables: Mapping[str, Entries]) -> str:
     for trouble, rows in troubles.items():
         where = ", ".join(f"{row['task']} seed {row['seed']}" for row in rows)
         lines.append(f"{trouble}: {len(rows)} of {len(runs)} runs" + (f" ({where})" if where else ""))
-    return f"**{name}**\n\n" + "".join(f"- {line}\n" for line in lines)
+    table = markdown(["against", "geometric mean", "loses on", "where"], standing)
+    return f"### {name}\n\n{table}\n" + "".join(f"- {line}\n" for line in lines)
 
 
 def missing(done: Done, tasks: Sequence[str]) -> list[str]:
@@ -341,10 +338,10 @@ def report(path: Path) -> str:
     learning = {task: table for task, table in tables.items() if TASKS[task].goal is None}
     functions = {task: table for task, table in tables.items() if TASKS[task].goal is not None}
     failed = sum(row["status"] != "ok" for row in done.values())
-    hours = sum(float(row["total_seconds"] or 0.0) for row in done.values()) / 3600
+    minutes = sum(float(row["total_seconds"] or 0.0) for row in done.values()) / 60
     parts = [
         f"# Bench: {path.stem}\n",
-        f"{len(done)} runs, {failed} of them crashed or diverged, {hours:.1f} hours of one core each. Written by "
+        f"{len(done)} runs, {failed} of them crashed or diverged, {minutes:.0f} minutes of one (shared) core. Written by "
         f"`python -m recipes.benchmarks report`; how it was measured: README.md. Versions: {versions(done)}.\n",
     ]
     if learning:
@@ -360,11 +357,15 @@ def report(path: Path) -> str:
             parts.append(f"![Regret]({path.stem}-regret.png)\n")
         parts += [
             "## Test loss over the best SGD with momentum of a sweep\n",
-            regret_table(learning, label("sgd-momentum", "")),
+            regret_table(learning, MOMENTUM),
         ]
         mine = [name for name in LABELS if OPTIMIZERS[LABELS[name]].ours and any(name in table for table in learning.values())]
         if mine:
-            parts += ["## Where ours stand, and where they lose\n", *(verdict(name, learning) for name in mine)]
+            parts += [
+                "## Where ours stand, and where they lose\n",
+                "Quotients of test losses, as above.\n",
+                *(verdict(name, learning) for name in mine),
+            ]
     if functions:
         parts += [
             "## Functions: steps until the loss is a millionth of the first\n",

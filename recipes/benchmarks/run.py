@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import importlib.metadata
 import io
 import math
@@ -274,6 +275,15 @@ def start_rates(task: str, optimizer: str, seeds: Sequence[int], steps: int, don
     return [run for run in runs if run not in done], 0
 
 
+def at_rates(
+    rates: Sequence[float], task: str, optimizer: str, seeds: Sequence[int], steps: int, done: Done
+) -> tuple[list[Run], int]:
+    """The given rates only, with the reporting seeds."""
+    schedules = OPTIMIZERS[optimizer].schedules
+    runs = [Run(task, optimizer, s, f"{rate:.3g}", seed, steps) for s in schedules for rate in rates for seed in seeds]
+    return [run for run in runs if run not in done], 0
+
+
 STUDIES = {"compare": compare, "start-rates": start_rates}
 
 
@@ -411,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", help="instead of the suite's")
     parser.add_argument("--optimizers", nargs="+", help="instead of the suite's")
     parser.add_argument("--seeds", type=int, default=3, help="number of reporting seeds: 1, 2, …")
+    parser.add_argument("--rates", nargs="+", type=float, help="these learning rates instead of a study")
     parser.add_argument("--steps", type=int, help="instead of the task's own number")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--results", type=Path, help="CSV file; default: SUITE.csv in the folder of committed results")
@@ -430,12 +441,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizers.remove(name)
     path = args.results or RESULTS / f"{args.suite}.csv"
     seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + args.seeds)
+    study = functools.partial(at_rates, args.rates) if args.rates else STUDIES[args.study]
 
     def wanted(done: Done) -> tuple[list[Run], list[tuple[str, str]]]:
         now, later = [], []
         for task in tasks:
             for optimizer in optimizers:
-                lacking, more = STUDIES[args.study](task, optimizer, seeds, args.steps or TASKS[task].steps, done)
+                lacking, more = study(task, optimizer, seeds, args.steps or TASKS[task].steps, done)
                 now += lacking
                 later += [(task, optimizer)] * more
         return now, later

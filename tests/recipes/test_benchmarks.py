@@ -1,37 +1,260 @@
-"""The benchmark: real runs on the smallest task, and tasks that learn."""
+"""The bench, with real runs of a few steps."""
 
-import csv
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from recipes.benchmarks.run import OPTIMIZERS, main
+from recipes.benchmarks import report
+from recipes.benchmarks.functions import FUNCTIONS
+from recipes.benchmarks.optimizers import OPTIMIZERS
+from recipes.benchmarks.run import Run, compare, key, main, measure, mend, sweep
 from recipes.benchmarks.tasks import TASKS
+from recipes.sweep import read
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ("--tasks", "digits-mlp", "--optimizers", "elra_adamw", "adamw", "--seeds", "2", "--steps", "5")
+OURS, ADAMW_CHOSEN = 4, 2  # rows: 2 schedules x 2 seeds, and the best of the sweep x 2 seeds
 
 
-def bench(monkeypatch: pytest.MonkeyPatch, results: Path, *options: str) -> list[dict[str, str]]:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(results), "--seeds", "1", *options])
-    main()
-    with results.open(newline="") as file:
-        return list(csv.DictReader(file))
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
-def test_every_optimizer_learns(monkeypatch, tmp_path):
-    names = [name for name in OPTIMIZERS if name != "sgd"]  # whose own rate of 1e-3 takes longer
-    rows = bench(monkeypatch, tmp_path / "rows.csv", "--tasks", "digits-mlp", "--optimizers", *names, "--steps", "150")
-    assert [row["optimizer"] for row in rows] == names
-    assert all(float(row["test_loss"]) < 2.2 for row in rows)
+def command(path: Path, *options: str, program: tuple[str, ...] = ("-m", "recipes.benchmarks")) -> list[str]:
+    return [sys.executable, *program, "run", *options, "--results", str(path)]
 
 
-def test_finished_runs_are_not_run_again_and_diverged_ones_are_rows(monkeypatch, tmp_path):
-    results = tmp_path / "rows.csv"
-    options = ("--tasks", "digits-mlp", "--optimizers", "sgd", "--steps", "30", "--rates", "1e-2")
-    first = bench(monkeypatch, results, *options)
-    rows = bench(monkeypatch, results, *options, "1e9")
-    assert rows[0] == first[0]  # seconds and all
-    assert rows[1]["test_loss"] == "nan"
+def run(path: Path, *options: str, program: tuple[str, ...] = ("-m", "recipes.benchmarks")) -> str:
+    done = subprocess.run(
+        command(path, *options, program=program), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+class Killed(NamedTuple):
+    path: Path  # of the rows, after the second start
+    before: bytes  # the rows when it was killed
+    workers: list[int]  # process numbers of its children
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """A bench that was killed in the middle and started again."""
+    path = tmp_path_factory.mktemp("bench") / "rows.csv"
+    first = command(path, *OPTIONS, "--workers", "1")
+    with subprocess.Popen(first, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (path.exists() and path.read_bytes().count(b"\n") > 3):
+            time.sleep(0.005)
+        workers = children(process.pid)
+        process.kill()
+        told = process.stderr.read().decode() if process.stderr else ""
+    before = path.read_bytes() if path.exists() else b""
+    assert before.count(b"\n") > 3, f"no rows within a minute: {told}"
+    path.write_bytes(before + b"digits-mlp,adamw,lin")  # what a kill in mid-write would leave
+    run(path, *OPTIONS)
+    return Killed(path, before, workers)
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_kill_loses_no_finished_run_and_repeats_none(killed):
+    assert killed.path.read_bytes().startswith(killed.before)
+    runs = [key(row) for row in read(killed.path)]
+    assert len(runs) == len(set(runs))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_killed_bench_leaves_no_worker_behind(killed):
+    assert killed.workers
+    assert not [pid for pid in killed.workers if alive(pid)]
+
+
+def test_rows_of_a_comparison(killed):
+    rows = read(killed.path)
+    assert all(row["status"] == "ok" for row in rows)
+    ours = [row for row in rows if row["optimizer"] == "elra_adamw"]
+    assert len(ours) == OURS
+    assert {(row["schedule"], row["seed"]) for row in ours} == {(s, n) for s in ("constant", "linear") for n in "12"}
+    assert all(row["rate"] == "1e-05" and float(row["alpha"]) > 1e-5 for row in ours)
+    # parameters of a 64-64-10 net, 8 bytes each, and a counter
+    assert {row["state_bytes"] for row in ours} == {str(8 * (64 * 64 + 64 + 64 * 10 + 10) + 4)}
+    baseline = [row for row in rows if row["optimizer"] == "adamw"]
+    tuning, reporting = ([row for row in baseline if (row["seed"] == "0") == zero] for zero in (True, False))
+    best = min(tuning, key=lambda row: float(row["validation_loss"]))
+    assert len(reporting) == ADAMW_CHOSEN
+    assert {(row["schedule"], row["rate"]) for row in reporting} == {(best["schedule"], best["rate"])}
+    rates = sorted(float(row["rate"]) for row in tuning if row["schedule"] == best["schedule"])
+    assert rates[0] < float(best["rate"]) < rates[-1]
+
+
+def test_a_second_start_has_nothing_to_do(killed):
+    before = killed.path.read_bytes()
+    main([*OPTIONS, "--results", str(killed.path)])
+    assert killed.path.read_bytes() == before
+
+
+def test_report_of_the_rows(killed):
+    path = killed.path
+    text = report.report(path)
+    line = next(line for line in text.splitlines() if line.startswith("| elra_adamw, linear |"))
+    rows = read(path)
+
+    def mean(optimizer: str, schedule: str) -> float:
+        losses = [float(r["test_loss"]) for r in rows if r["optimizer"] == optimizer and r["seed"] != "0"
+                  and schedule in ("", r["schedule"])]  # fmt: skip
+        return sum(losses) / len(losses)
+
+    assert float(line.split("|")[-2]) == pytest.approx(mean("elra_adamw", "linear") / mean("adamw", ""), abs=6e-4)
+    assert "### elra_adamw, linear" in text
+    assert "1 of 1 | digits-mlp" in text  # 5 steps from 1e-5 are lost against a tuned rate, and the report says so
+    assert "sgd-momentum (" in text.split("## Missing")[1]
+    assert path.with_name("rows-regret.png").stat().st_size > 1000
+
+
+def test_a_crash_and_a_dying_process_are_rows_and_stop_nothing(tmp_path):
+    """Through a program that declares two tasks of its own, as a user would."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "from recipes.benchmarks.run import main\n"
+        "from recipes.benchmarks.tasks import TASKS, Task\n"
+        "def breaks(seed): raise RuntimeError('no\\nluck')\n"
+        "def dies(seed): os._exit(9)\n"
+        "TASKS['breaks'] = Task(breaks, 5, 1e-3, 'other')\n"
+        "TASKS['dies'] = Task(dies, 5, 1e-3, 'other')\n"
+        "if __name__ == '__main__':\n"
+        "    import sys\n"
+        "    main(sys.argv[2:])\n"
+    )
+    path = tmp_path / "rows.csv"
+    options = ("--optimizers", "hf-default", "--seeds", "1", "--steps", "3")
+    output = run(path, "--tasks", "breaks", "dies", "digits-mlp", *options, "--workers", "1", program=(str(program),))
+    rows = {row["task"]: row for row in read(path)}
+    assert {task: row["status"] for task, row in rows.items()} == {"breaks": "crashed", "dies": "crashed", "digits-mlp": "ok"}
+    assert rows["breaks"]["error"] == "RuntimeError: no luck"
+    assert "terminated abruptly" in rows["dies"]["error"]
+    assert "2 of them crashed" in output
+
+
+def test_a_run_that_diverges_is_a_row():
+    row = measure(Run("rosenbrock-2", "sgd", "constant", "1", 0, 50))
+    assert row["status"] == "diverged"
+    assert float(row["start_loss"]) > 0
+
+
+def test_trajectories_on_request(tmp_path):
+    row = measure(Run("digits-mlp", "elra_c2min", "constant", "1e-05", 1, 4), tmp_path / "steps")
+    (path,) = (tmp_path / "steps").iterdir()
+    steps = read(path)
+    assert [step["step"] for step in steps] == ["0", "1", "2", "3"]
+    assert steps[-1]["alpha"] == row["alpha"]
+    assert -1 <= float(steps[-1]["cos"]) <= 1
+
+
+def test_the_schedule_reaches_the_optimizer():
+    linear, constant = (measure(Run("digits-mlp", "sgd", s, "0.1", 1, 20)) for s in ("linear", "constant"))
+    assert float(linear["train_loss"]) > float(constant["train_loss"])
+
+
+def test_a_sweep_is_extended_until_the_best_is_inside_and_gives_up_where_nothing_is_finite():
+    def at(rate: float) -> Run:
+        return Run("digits-mlp", "adamw", "linear", f"{rate:.3g}", 0, 5)
+
+    def rows(loss) -> list[float]:
+        done: dict = {}
+        while lacking := sweep(at, 1e-3, done):
+            row = {"reached": "", "status": "ok"}
+            done |= {run: row | {"validation_loss": str(loss(float(run.rate)))} for run in lacking}
+        return sorted(float(run.rate) for run in done)
+
+    assert rows(lambda rate: abs(rate - 1e-3)) == [3.16e-4, 1e-3, 3.16e-3]
+    assert rows(lambda rate: abs(rate - 1e-1)) == [3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1, 3.16e-1]
+    assert rows(lambda rate: "nan")[0] == 1e-7
+
+
+def test_what_follows_a_sweep_is_counted():
+    lacking, later = compare("digits-mlp", "adamw", [1, 2, 3], 5, {})
+    assert (len(lacking), later) == (6, 3)
+
+
+def test_an_unfinished_line_is_dropped(tmp_path):
+    path = tmp_path / "rows.csv"
+    for content, mended in ((b"a,b\n1,2\n3", b"a,b\n1,2\n"), (b"a,b\n1,2\n", b"a,b\n1,2\n")):
+        path.write_bytes(content)
+        mend(path)
+        assert path.read_bytes() == mended
+    path.write_bytes(b"a,")
+    mend(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--tasks", "digit-mlp"), "--tasks digit-mlp: no such name. Known: digits-mlp"),
+        (("--optimizers", "adam2"), "--optimizers adam2: no such name. Known: elra_adamw"),
+        (("--seeds", "0"), "--seeds 0 is invalid: give a number >= 1"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(options, told, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(options)
+    assert told in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_a_package_that_is_not_installed_is_named():
+    from recipes.benchmarks.optimizers import Optimizer
+
+    assert Optimizer("no_such_module:Lion", package="lion-pytorch==0.2.5").missing() == (
+        "lion-pytorch==0.2.5 is not installed: run `make bench`, or `pip install --no-deps lion-pytorch==0.2.5`"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, o in OPTIMIZERS.items() if not o.missing()])
+def test_every_optimizer_that_is_installed_learns(name):
+    declared = OPTIMIZERS[name]
+    rate = declared.rate or declared.usual(TASKS["digits-mlp"])
+    row = measure(Run("digits-mlp", name, declared.schedules[0], str(rate), 1, 60))
+    assert row["status"] == "ok", row["error"]
+    assert float(row["train_loss"]) < float(row["start_loss"])
+
+
+@pytest.mark.parametrize("name", ["quadratic-1e2", "rosenbrock-2", "saddle-monkey", "saddle-tilted", "beale", "himmelblau"])
+def test_functions_are_zero_at_their_lowest_and_turn_with_the_seed(name):
+    first, second = (FUNCTIONS[name].build(seed).model for seed in (0, 1))
+    assert not torch.allclose(first.rotation, second.rotation)
+    torch.testing.assert_close(first.rotation @ first.rotation.T, torch.eye(len(first.x), dtype=torch.float64))
+    optimizer = torch.optim.LBFGS(first.parameters(), max_iter=500, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = first()
+        loss.backward()
+        return loss
+
+    start = closure().item()
+    optimizer.step(closure)
+    end = first().item()
+    assert -1e-9 < end < start
+    assert end < 1e-6 * start
 
 
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-cnn", "python-2x64"])
@@ -39,5 +262,15 @@ def test_a_seed_fixes_a_task_and_its_splits_are_disjoint(name):
     one, two, other = (TASKS[name].build(seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, next(one.batches), next(two.batches)))
     assert not all(map(torch.equal, next(one.batches), next(other.batches)))
+    assert all(map(torch.equal, one.model.state_dict().values(), two.model.state_dict().values()))
+    assert all(map(torch.equal, one.splits["test"][0], other.splits["test"][0]))
     rows = {split: {tuple(row) for batch in one.splits[split] for row in batch[0].flatten(1).tolist()} for split in one.splits}
-    assert not rows["validation"] & rows["test"]
+    assert not any(rows[a] & rows[b] for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")))
+
+
+def test_rates_of_ones_own(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    options = ("--tasks", "digits-mlp", "--optimizers", "hf-default", "--rates", "1e-3", "1e-2", "--seeds", "1", "--steps", "2")
+    main([*options, "--workers", "1", "--results", str(path)])
+    assert [row["rate"] for row in read(path)] == ["0.001", "0.01"]
+    assert "2 rows in" in capsys.readouterr().out
