@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import hashlib
 import importlib.metadata
 import io
 import math
@@ -43,6 +44,15 @@ START_RATE_SEED = 1
 REACH = 8  # half decades that a sweep may leave its centre by
 LOST = 20  # losses in a row that are not finite, after which a run is over
 RESULTS = Path(__file__).parent / "results"
+
+
+def own_version() -> str:
+    """Version of elra_hf and a fingerprint of its source, which changes more often."""
+    files = sorted(Path(elra_hf.__file__).parent.glob("*.py"))
+    return f"{elra_hf.__version__}+{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]}"
+
+
+OWN_VERSION = own_version()  # of what this process has imported
 
 
 class Run(NamedTuple):
@@ -180,7 +190,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def versions(declared: Optimizer) -> str:
     """What the result may depend on."""
     package = declared.package.split("==")[0]
-    known = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__, "elra_hf": elra_hf.__version__}
+    known = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__, "elra_hf": OWN_VERSION}
     if package not in known:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             known[package] = importlib.metadata.version(package)

@@ -13,9 +13,9 @@ import torch
 from recipes.benchmarks import report
 from recipes.benchmarks.functions import FUNCTIONS
 from recipes.benchmarks.optimizers import OPTIMIZERS
-from recipes.benchmarks.run import Run, compare, key, main, measure, mend, sweep
+from recipes.benchmarks.run import OWN_VERSION, Run, compare, key, main, measure, mend, start_rates, sweep
 from recipes.benchmarks.tasks import TASKS
-from recipes.sweep import read
+from recipes.sweep import append, read
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("--tasks", "digits-mlp", "--optimizers", "elra_adamw", "adamw", "--seeds", "2", "--steps", "5")
@@ -94,6 +94,7 @@ def test_rows_of_a_comparison(killed):
     assert len(ours) == OURS
     assert {(row["schedule"], row["seed"]) for row in ours} == {(s, n) for s in ("constant", "linear") for n in "12"}
     assert all(row["rate"] == "1e-05" and float(row["alpha"]) > 1e-5 for row in ours)
+    assert all(f"elra_hf={OWN_VERSION}" in row["versions"].split() for row in rows)
     # parameters of a 64-64-10 net, 8 bytes each, and a counter
     assert {row["state_bytes"] for row in ours} == {str(8 * (64 * 64 + 64 + 64 * 10 + 10) + 4)}
     baseline = [row for row in rows if row["optimizer"] == "adamw"]
@@ -127,6 +128,22 @@ def test_report_of_the_rows(killed):
     assert "1 of 1 | digits-mlp" in text  # 5 steps from 1e-5 are lost against a tuned rate, and the report says so
     assert "sgd-momentum (" in text.split("## Missing")[1]
     assert path.with_name("rows-regret.png").stat().st_size > 1000
+
+
+def test_start_rates_and_functions_in_the_report(tmp_path):
+    path = tmp_path / "rows.csv"
+    runs = [each for name in ("adam", "elra_c2min") for each in start_rates("digits-mlp", name, [], 5, {})[0]]
+    for each in [*runs, Run("quadratic-1e1", "elra_p2min", "constant", "1e-05", 1, 300)]:
+        append(path, measure(each))
+    text = report.report(path)
+    assert "| elra_c2min, linear |" in text.split("## Decades of start rates")[1]
+    assert int(text.split("## Functions")[1].split("| elra_p2min, constant |")[1].split("|")[0]) < 300
+    assert path.with_name("rows-start-rates.png").stat().st_size > 1000
+
+
+def test_a_plateau_is_the_stretch_around_the_best():
+    curve = [1.04, 2.0, 1.04, 1.0, 1.05, 1.2, float("inf"), 1.0, 3.0, 3.0]
+    assert report.plateau(curve) == (1e-7, 1e-5)
 
 
 def test_a_crash_and_a_dying_process_are_rows_and_stop_nothing(tmp_path):
