@@ -41,7 +41,7 @@ class Bucket:
         group: the parameter group, for hyperparameters (``betas``, ``eps``).
         members: positions of the parameters among all parameters.
         idle: the tensors had no gradient in the last step, so it did not move them.
-        new: their state has been made in this step.
+        new: the group is in its first two steps, the first of which may be a dummy without a gradient.
         step: gradients taken in so far, 0-dim float32 on the bucket's device. Shared by all tensors of one age.
         params: x_t.
         grads: G_t as autograd left it; ``opened`` turns it to descent.

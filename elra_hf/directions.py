@@ -65,10 +65,14 @@ def dots(xs: Tensors, ys: Tensors, dtype: torch.dtype) -> Tensor:
     return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)]).to(dtype)
 
 
-def log_sizes(xs: Tensors, dtype: torch.dtype) -> Tensor:
-    """(Σ log|x_i|, number of terms) over the entries x_i ≠ 0 of each tensor, shape (tensors, 2)."""
-    sizes = [torch.where(x == 0, 1.0, x.abs()).log().sum() for x in xs]
-    return torch.stack([torch.stack(sizes), torch.stack([x.count_nonzero() for x in xs])], 1).to(dtype)
+def log_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
+    """(Σ log|x_i|, number of terms) over the entries of each tensor where x_i ≠ 0 and g_i ≠ 0, shape (tensors, 2).
+
+    A gradient of 0 marks rows of an embedding that the batch does not use, and padding, which may hold anything.
+    """
+    used = [(x != 0) & (g != 0) for x, g in zip(xs, grads, strict=True)]
+    logs = [torch.where(use, x.abs(), 1.0).log().sum() for use, x in zip(used, xs, strict=True)]
+    return torch.stack([torch.stack(logs), torch.stack([use.sum() for use in used])], 1).to(dtype)
 
 
 def add_scaled(xs: Tensors, ys: Tensors | tuple[Tensor, ...], scale: Tensor) -> None:

@@ -144,6 +144,7 @@ class Elra(Optimizer):
             "alpha": None,
             **dict.fromkeys(SCALARS),
             "idle": "",
+            "calls": 0,
         }
         super().__init__(params, defaults)
 
@@ -390,9 +391,8 @@ class Elra(Optimizer):
                     else (index, p.device, p.dtype, id(state["step"]), position in idle, splits[member])
                 )
                 if key not in buckets:
-                    new = state["step"] is newborn.get(p.device)
                     lists: dict[str, list[Tensor]] = {name: [] for name in state if name not in ("step", "alpha")}
-                    buckets[key] = Bucket(index, group, [], position in idle, new, state["step"], [], [], lists)
+                    buckets[key] = Bucket(index, group, [], position in idle, group["calls"] < 2, state["step"], [], [], lists)
                 bucket = buckets[key]
                 bucket.members.append(member)
                 bucket.params.append(real(p))
@@ -400,6 +400,7 @@ class Elra(Optimizer):
                 for name, tensors in bucket.state.items():
                     tensors.append(real(state[name]))
             group["idle"] = " ".join(absent)
+            group["calls"] = min(group["calls"] + 1, 2)
         return list(buckets.values())
 
     def _measure(
@@ -425,7 +426,7 @@ class Elra(Optimizer):
         """The inner products of each tensor, and what `_measure` adds."""
         columns = [self.direction.measure(work, needs, dtype)]
         if self.rule.relative:
-            columns.append(log_sizes(work.params, dtype) if work.new else columns[0].new_zeros(len(work.params), 2))
+            columns.append(log_sizes(work.params, work.grads, dtype) if work.new else columns[0].new_zeros(len(work.params), 2))
         if self.check_sync:
             columns.append(dots(work.params, work.params, dtype)[:, None])
         return torch.cat(columns, 1)

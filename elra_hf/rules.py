@@ -3,8 +3,8 @@
 A rule is a pure function of 0-dim or 1-D tensors (one entry a cell of the scope) and knows nothing of parameters.
 Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in step t-1. The inner products are named by
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
-A relative rule also gets ``scale``, the geometric mean of |x_1| over its nonzero entries (0: there are none), and ``steps``,
-the number of steps taken so far.
+A relative rule also gets ``scale``, the geometric mean of |x_1| over the entries where neither it nor G_1 is 0 (0: there are
+none), and ``steps``, the number of steps taken so far.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class Tracking:
     At the best fixed rate c_t settles slightly below 0 (measured: -0.02…-0.05 with β1 = 0.9), hence the target.
 
     With ``span`` = (first, highest), for directions whose entries are of order 1 and rates therefore comparable to weights:
-    α_1 ≤ first·s and α_t ≤ highest·s, where s is the geometric mean of |x_1|, zeros apart. A smaller α_0 grows by e a step
-    until it is there. So no start rate is too small or too large, and a rate that grows while gradients vanish cannot tear
-    the weights apart when one returns.
+    α_1 ≤ first·s and α_t ≤ highest·s, where s is the geometric mean of |x_1|, zeros and unused entries apart. A smaller α_0
+    grows by e a step until it is there. So no start rate is too small or too large, and a rate that grows while gradients
+    vanish cannot tear the weights apart when one returns.
 
     Args:
         gain: change of log α for a cosine one above the target, > 0; a pair sets (down, up) apart.
