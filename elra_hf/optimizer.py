@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from .bucket import Bucket
@@ -38,8 +39,10 @@ SCALARS = {
     "restarts": 0.0,
     "clamps": 0.0,
     "steps": 0.0,
+    "clock": 0.0,
     "scale": 0.0,
     "multiplier": 0.0,
+    "peak": 0.0,
     "first_loss": math.inf,
     "best_loss": math.inf,
 }
@@ -64,8 +67,9 @@ class Elra(Optimizer):
     multiplies, and never touches α. Every group carries the same public state, 0-dim tensors:
     ``group["alpha"]`` (α_t; under scope "tensor" the geometric mean of the group's), ``group["cos"]`` (the cosine the rule
     saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["steps"]`` (taken so far),
-    ``group["scale"]`` (typical size of a weight at the start, where the rule asks for it), ``group["multiplier"]``
-    (lr / α_0 of the last step).
+    ``group["multiplier"]`` (lr / α_0 of the last step); and where the rule asks for them, ``group["peak"]`` (the highest
+    multiplier so far), ``group["clock"]`` (steps, less where the schedule held the rate down) and ``group["scale"]``
+    (typical size of a weight at the start).
 
     ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
 
@@ -275,13 +279,14 @@ class Elra(Optimizer):
         needs = (*sorted(self.rule.needs - {"gg"}), "gg")
         parts = self._measure(buckets, splits, needs, device, dtype)
         total = all_sum(parts)
-        dots = dict(zip(needs, total.unbind(1), strict=False))
         square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
         if self.rule.relative:
-            self._note_scale(total[:, len(needs) + 1 : len(needs) + 3])
-            dots |= {name: self._of_cells([group[name] for group in self.param_groups]) for name in ("scale", "steps")}
+            weights = self._weights()
+            dots = self._survey(total, needs, weights)
+        else:
+            dots = dict(zip(needs, total.unbind(1), strict=False))
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
@@ -331,12 +336,15 @@ class Elra(Optimizer):
             step.copy_(count)
         self._publish(params, bounded, cos, taken)
         clamps = (bounded != adapted).any()
-        for group, multiplier in zip(self.param_groups, multipliers, strict=True):
+        for index, (group, multiplier) in enumerate(zip(self.param_groups, multipliers, strict=True)):
             if self._absent(group):
                 continue
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
             group["steps"] = group["steps"] + taken
+            if self.rule.relative:
+                group["clock"] = group["clock"] + taken * weights[index]
+                group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
 
     def _cell(self, group: int, member: int) -> int:
@@ -406,20 +414,24 @@ class Elra(Optimizer):
     def _measure(
         self, buckets: list[Bucket], splits: list[Groups], needs: tuple[str, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[Groups, Tensor]:
-        """This rank's inner products of each cell, by the groups that hold the rest of them, shape (cells, needs + 1).
+        """This rank's inner products of each cell or tensor, by the groups that hold the rest of them, a row each.
 
-        In the metric of the step taken last, where a group that moved w times as far counts w times; the last
-        column is ``gg`` once more, without these weights. ``check_sync`` adds ‖x_t‖².
+        In the metric of the step taken last, where a group that moved w times as far counts w times; behind ``needs`` comes
+        ``gg`` once more, without these weights. A relative rule adds `log_sizes`, ``check_sync`` ‖x_t‖².
         """
-        cells = {"global": 1, "group": len(self.param_groups), "tensor": len(splits)}[self.scope]
+        cells = len(splits) if self._by_tensor else 1 if self.scope == "global" else len(self.param_groups)
         # every rank enters every collective, also with nothing to add
         columns = len(needs) + 1 + 2 * self.rule.relative + self.check_sync
         parts = {groups: torch.zeros(cells, columns, device=device, dtype=dtype) for groups in splits}
         for bucket in buckets:
-            row = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).sum(0).to(device)
-            weighted = row[: len(needs)] * (0.0 if bucket.idle else bucket.group["multiplier"])
-            member = bucket.members[0]
-            parts[splits[member]][self._cell(bucket.index, member)] += torch.cat([weighted, row[len(needs) - 1 :]])
+            rows = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).to(device)
+            weighted = rows[:, : len(needs)] * (0.0 if bucket.idle else bucket.group["multiplier"])
+            rows = torch.cat([weighted, rows[:, len(needs) - 1 :]], 1)
+            into = parts[splits[bucket.members[0]]]
+            if self._by_tensor:
+                torch._foreach_add_([into[member] for member in bucket.members], list(rows.unbind()))
+            else:
+                into[self._cell(bucket.index, bucket.members[0])] += rows.sum(0)
         return parts
 
     def _products(self, work: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
@@ -431,11 +443,53 @@ class Elra(Optimizer):
             columns.append(dots(work.params, work.params, dtype)[:, None])
         return torch.cat(columns, 1)
 
+    @property
+    def _by_tensor(self) -> bool:
+        """Whether products are kept apart by tensor. The slices of FSDP1 and ZeRO are none."""
+        return self.scope == "tensor" or (self.rule.votes and self.process_group is None)
+
+    def _survey(self, total: Tensor, needs: tuple[str, ...], weights: list[Tensor]) -> dict[str, Tensor]:
+        """What a relative rule gets: products and ``size`` of each cell's voters, and what is known of the run."""
+        self._note_scale(total[:, len(needs) + 1 : len(needs) + 3])
+        size = torch.ones_like(total[:, 0])
+        if self._by_tensor:
+            # as arguments of a kernel: a tensor made from a list would wait for the device
+            torch._foreach_mul_(list(size.unbind()), [p.numel() for group in self.param_groups for p in group["params"]])
+        dots = {name: self._voters(total[:, i]) for i, name in enumerate(needs)} | {"size": self._voters(size)}
+        of_run = {name: [group[name] for group in self.param_groups] for name in ("scale", "steps", "clock")}
+        return dots | {name: self._of_cells(values) for name, values in {**of_run, "weight": weights}.items()}
+
+    def _by_group(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each group's parameters, of something with a row a tensor."""
+        return list(torch.split(rows, [len(group["params"]) for group in self.param_groups]))  # type: ignore[no-untyped-call]
+
+    def _voters(self, column: Tensor) -> Tensor:
+        """A number a tensor, or a cell, as a matrix with a row a cell, filled up with zeros."""
+        if self.scope == "tensor" or not self._by_tensor:
+            return column[:, None]
+        return column[None] if self.scope == "global" else pad_sequence(self._by_group(column), batch_first=True)
+
+    def _weights(self) -> list[Tensor]:
+        """How much the last step of each group says about the schedule's full rate, in [0, 1]; 0 before there was a step.
+
+        In a warm-up the share of the full lr that was reached. In a decay less: nothing below half of the highest lr so far,
+        since smaller steps make cosines rise, and a rule that answered would undo the decay. Under scope "global" the
+        weight of the group that has most.
+        """
+        weights = []
+        for group in self.param_groups:
+            multiplier, peak = group["multiplier"], group["peak"]
+            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0)
+            full = group.get("max_lr", group.get("initial_lr"))  # where torch's schedulers keep it
+            if full is not None:
+                weight = weight * (multiplier * group["alpha0"] / full).clamp(max=1.0)
+            weights.append(weight.nan_to_num(0.0))
+        return [torch.stack(weights).max()] * len(weights) if self.scope == "global" else weights
+
     def _note_scale(self, sizes: Tensor) -> None:
-        """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each cell."""
-        if self.scope == "tensor":
-            members = [len(group["params"]) for group in self.param_groups]
-            sizes = torch.stack([part.sum(0) for part in torch.split(sizes, members)])  # type: ignore[no-untyped-call]
+        """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each row."""
+        if self._by_tensor:
+            sizes = sizes.sum(0) if self.scope == "global" else torch.stack([part.sum(0) for part in self._by_group(sizes)])
         logs, count = sizes.expand(len(self.param_groups), 2).unbind(1)
         for group, mean, some in zip(self.param_groups, logs / count, count > 0, strict=True):
             group["scale"] = torch.where(some & (group["scale"] == 0), mean.exp(), group["scale"])

@@ -66,26 +66,51 @@ def p2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 
     return momentum_method(adapt, gradient, x0, steps, alpha0, betas)
 
 
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """The lowest value such that those up to it have half of the weight."""
+    return min(v for v in values if weights[values <= v].sum() >= weights.sum() / 2)
+
+
 def adamw(
-    gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.9, 0.999), eps: float = 1e-8, gain=0.1, target=-0.03
+    gradient: Gradient,
+    x0,
+    steps: int,
+    alpha0: float = 1e-5,
+    betas=(0.9, 0.999),
+    eps: float = 1e-8,
+    parts: int = 2,
+    schedule: Callable[[int], float] = lambda t: 1.0,
 ):
+    """The vector is cut into ``parts`` tensors, each with a vote; step t moves ``schedule(t)`` ≤ 1 times as far as α says."""
     beta1, beta2 = betas
-    scale = np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
-    first, highest = 0.002 * scale, scale
-    x, alpha = np.array(x0, dtype=np.float64), min(alpha0, first)
+    x, scale = np.array(x0, dtype=np.float64), np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
+    tensors = np.array_split(np.arange(len(x)), parts)
+    alpha, clock, share, peak = 0.005 * scale, 0.0, 0.0, 0.0
     m, v, d, precondition = np.zeros_like(x), np.zeros_like(x), None, None
     xs, alphas = [], []
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         if d is not None:
-            c = g @ d / np.sqrt((g @ (g / precondition)) * (d @ (precondition * d)))
-            ramp = alpha < first and t <= 30
-            alpha = clamp(min(alpha * np.e, first) if ramp else min(alpha * np.exp(gain * (c - target)), highest))
+            votes, weights = [], []
+            for i in tensors:
+                norms = np.sqrt(g[i] @ (g[i] / precondition[i])) * np.sqrt(d[i] @ (precondition[i] * d[i]))
+                votes.append(g[i] @ d[i] / norms if norms else 0.0)
+                weights.append(np.sqrt(len(i)) if norms else 0.0)
+            strengths = np.array([np.mean(g[i] ** 2 / precondition[i]) for i in tensors])
+            weights = np.where(strengths > np.finfo(float).eps * strengths.max(), weights, 0.0)
+            young = 10 / (10 + clock)
+            gain, target = 1.0 * young + 0.03 * (1 - young), -0.03 * (1 - young)
+            weight = max(2 * share / peak - 1, 0) * share
+            c = weighted_median(np.array(votes), weights)
+            alpha = clamp(min(alpha * np.exp(gain * weight * (c - target)), 0.5 * scale))
+            clock += weight
+        share = schedule(t)
+        peak = max(peak, share)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         precondition = np.sqrt(v / (1 - beta2**t)) + eps
         d = m / (1 - beta1**t) / precondition
-        x = x - alpha * d
+        x = x - alpha * share * d
         xs.append(x.copy())
         alphas.append(alpha)
     return np.array(xs), np.array(alphas)

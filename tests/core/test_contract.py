@@ -157,20 +157,22 @@ def test_a_group_that_moved_further_counts_more(cls):
 @every
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_scheduler_multiplies_and_does_not_touch_alpha(cls, tensor_lr):
-    """Under a constant schedule of 0.1 the steps are a tenth as long; α at the first adaption is the same."""
+    """Under a constant schedule of 0.1 the steps are a tenth as long; the first α is the same."""
     model = net(dtype=torch.float64)
     optimizer = cls(model.parameters(), lr=torch.tensor(1e-5) if tensor_lr else 1e-5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.1)
     before = flat(model)
     train(model, optimizer, [0])
     tenth = flat(model) - before
-    assert rate(optimizer) == pytest.approx(1e-6)
+    tenth_rate = rate(optimizer)
     scheduler.step()
 
     other = net(dtype=torch.float64)
     unscheduled = cls(other.parameters(), lr=1e-5)
     train(other, unscheduled, [0])
     assert torch.allclose(10 * tenth, flat(other) - before, rtol=1e-2, atol=1e-7)
+    assert optimizer.param_groups[0]["alpha"].item() == pytest.approx(unscheduled.param_groups[0]["alpha"].item())
+    assert tenth_rate == pytest.approx(0.1 * rate(unscheduled))
 
 
 @every
@@ -511,7 +513,7 @@ X = torch.ones(2, requires_grad=True)
         (lambda: ElraC2Min([X], gain=(0.1, 0.2, 0.3)), r"gain=.*pair"),
         (lambda: ElraP2Min([X], growth_limit=1.0), r"growth_limit=1.0.*above 1"),
         (lambda: ElraAdamW([X], eps=0.0), r"eps=0.0"),
-        (lambda: ElraAdamW([X], target=-1.0), r"target=-1.0"),
+        (lambda: Tracking(target=-1.0), r"target=-1.0.*-0.03"),
         (lambda: ElraC2Min([X], weight_decay=-0.1), r"weight_decay=-0.1.*>= 0"),
         (lambda: ElraC2Min([X], scope="layer"), r"scope='layer'.*'global', 'group', 'tensor'"),
         (lambda: ElraC2Min([X], bounds=(1.0, 0.1)), r"bounds=\(1.0, 0.1\).*lowest < highest"),
@@ -521,7 +523,9 @@ X = torch.ones(2, requires_grad=True)
         (lambda: ElraC2Min([{"params": [X], "lr": -1.0}]), r"lr=-1.0"),
         (lambda: Elra([X], Adam(), C2Min()), r"C2Min.*needs.*\['gp', 'pp'\].*Adam.*offers"),
         (lambda: Elra([X], Adam(), P2Min()), r"needs the inner products"),
-        (lambda: Tracking(gain=0.0), r"gain=0.0"),
+        (lambda: Tracking(gain=0.0), r"gain=0.0.*positive"),
+        (lambda: Tracking(horizon=-1.0), r"horizon=-1.0.*positive"),
+        (lambda: Tracking(span=(0.5, 0.1)), r"span=\(0.5, 0.1\).*first < highest"),
     ],
 )
 def test_bad_arguments_say_what_to_give(make, message):

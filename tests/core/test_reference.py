@@ -14,6 +14,7 @@ METHODS = {
     "p2min": (ElraP2Min, ref.p2min, {}),
     "p2min-plain": (ElraP2Min, ref.p2min, {"betas": (0.0, 0.0)}),
     "adamw": (ElraAdamW, ref.adamw, {}),
+    "adamw-scheduled": (ElraAdamW, ref.adamw, {"schedule": lambda t: min(t / 20, 1.0) * (1 - t / 201)}),
 }
 X0 = {
     "rosenbrock": np.array([-1.2, 1.0, 0.4, 0.9]),
@@ -30,13 +31,16 @@ GRADIENTS = {
 def run(cls, options, gradient, x0, steps, dtype, parts=2):
     """Drive ``cls`` with given gradients, the vector cut into ``parts`` parameters; x and α of every step."""
     params = [torch.tensor(part, dtype=dtype, requires_grad=True) for part in np.array_split(x0, parts)]
-    optimizer = cls(params, **options)
+    optimizer = cls(params, **{name: value for name, value in options.items() if name != "schedule"})
+    schedule = options.get("schedule", lambda t: 1.0)  # of steps 1, 2, …
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda taken: schedule(taken + 1))
     xs, alphas = [], []
     for t in range(steps):
         g = gradient(t, np.concatenate([p.detach().double().numpy() for p in params]))
         for p, part in zip(params, np.array_split(g, parts), strict=True):
             p.grad = torch.tensor(part, dtype=dtype)
         optimizer.step()
+        scheduler.step()
         xs.append(np.concatenate([p.detach().double().numpy() for p in params]))
         alphas.append(float(optimizer.param_groups[0]["alpha"]))
     return np.array(xs), np.array(alphas)

@@ -29,7 +29,7 @@ def alone(variant, single, dtype=torch.float32, scope=None):
     """α and cosine of every group after every step, and x at the end, without DeepSpeed."""
     model = build(Net, dtype)
     named = list(model.named_parameters())
-    optimizer = make(variant, named, single, scope=scope or ("global" if single else "group"))
+    optimizer = make(variant, named, single, one_vote=True, scope=scope or ("global" if single else "group"))
     alphas, cosines = [], []
     for step in range(STEPS):
         x, y = batch(step, Net, dtype)

@@ -297,7 +297,7 @@ def begin(kind: str, variant: str) -> tuple[Wrapped, Any]:
         wrapped = Wrapped(model, named, whole(named))
     else:
         wrapped = WRAPS[kind](dist.get_world_size())(model)
-    return wrapped, make(variant, wrapped.named, False, **wrapped.options, **options)
+    return wrapped, make(variant, wrapped.named, False, kind == "FSDP1", **wrapped.options, **options)
 
 
 def save(folder: str) -> dict[tuple[str, str], Outcome]:

@@ -27,7 +27,7 @@ def test_importing_elra_hf_does_not_import_lightning():
 def test_matrices_decay_biases_and_norms_do_not_and_frozen_parameters_are_left_out():
     module = net()
     module[3].weight.requires_grad_(False)
-    decay, rest = configure_elra(module, "elra_adamw", weight_decay=0.1, gain=0.2)["optimizer"].param_groups
+    decay, rest = configure_elra(module, "elra_adamw", weight_decay=0.1, eps=1e-6)["optimizer"].param_groups
     assert decay["params"] == [module[0].weight]
     assert rest["params"] == [module[0].bias, module[1].weight, module[1].bias, module[3].bias]
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)

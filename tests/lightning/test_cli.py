@@ -80,7 +80,7 @@ def test_configuration_makes_the_round_trip(cls, monkeypatch, capsys, tmp_path):
 
 
 def test_pair_of_gains(monkeypatch):
-    done = cli("fit", "--optimizer=ElraAdamW", "--optimizer.gain=[0.1,0.2]", monkeypatch=monkeypatch)
+    done = cli("fit", "--optimizer=ElraC2Min", "--optimizer.gain=[0.1,0.2]", monkeypatch=monkeypatch)
     assert tuple(done.trainer.optimizers[0].rule.gain) == (0.1, 0.2)
 
 

@@ -220,7 +220,7 @@ def test_the_trainers_own_options_reach_it_too(tmp_path):
         ("elra_c2min", "weight_decay=0.1", r"--weight_decay"),
         ("elra_c2min", "gain=1.5", r"gain=1.5"),
         ("elra_p2min", "growth_limit=0.5", r"growth_limit=0.5.*above 1"),
-        ("elra_adamw", "target=-3.0", r"target=-3.0"),
+        ("elra_adamw", "eps=-3.0", r"eps=-3.0"),
     ],
 )
 def test_bad_optim_args_stop_the_run(optim, text, message, tmp_path):
