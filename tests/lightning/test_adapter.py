@@ -13,7 +13,7 @@ from torch import nn
 from elra_hf import ElraC2Min, rate
 from elra_hf.adapters.lightning import ElraMonitor, configure_elra
 
-from .modules import NAMES, STEPS, Classifier, flat, halving, loader, net, optimizer_of, plain, trainer
+from .modules import NAMES, STEPS, Classifier, flat, loader, lowering, net, optimizer_of, plain, trainer
 from .test_training import Gan, Manual
 
 KEYS = {"elra/rate", "elra/alpha", "elra/cos", "elra/restarts"}
@@ -60,11 +60,11 @@ def test_nothing_to_train_is_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rate_is_logged_as_it_was_applied(name, tmp_path):
-    module = Classifier(lambda module: configure_elra(module, name, lr=1e-2, weight_decay=0.01, scheduler=halving))
+    module = Classifier(lambda module: configure_elra(module, name, lr=1e-2, weight_decay=0.01, scheduler=lowering))
     loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
     run = trainer(tmp_path, logger=loggers, callbacks=[ElraMonitor(prog_bar=True)], log_every_n_steps=3)
     run.fit(module, loader())
-    _, alphas, rates = plain(name, schedule=halving)
+    _, alphas, rates = plain(name, schedule=lowering)
     events = EventAccumulator(loggers[0].log_dir).Reload()
     assert set(events.Tags()["scalars"]) >= KEYS | {"loss"}
     assert [(e.step, e.value) for e in events.Scalars("elra/rate")] == [

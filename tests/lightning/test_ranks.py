@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 
 from tests.distributed.harness import shared
 
-from .modules import NAMES, halving, loader, plain
+from .modules import NAMES, loader, lowering, plain
 from .workers import DOUBLE, fabric_run
 
 
@@ -24,7 +24,7 @@ def test_two_processes_equal_one(strategy, name, results):
     (x, alphas), (other_x, other_alphas) = results(f"{strategy} {name}")
     assert alphas == other_alphas
     assert torch.equal(x, other_x)
-    truth = {"clip": 1.0} if strategy == "fabric" else {"schedule": halving}
+    truth = {"clip": 1.0} if strategy == "fabric" else {"schedule": lowering}
     expected, expected_alphas, _ = plain(name, dtype=DOUBLE, **truth)
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
     assert alphas == pytest.approx(expected_alphas, rel=1e-9)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, rate
 from tests.core.problems import same, snapshot
 
-from .modules import NAMES, Classifier, flat, halving, loader, optimizer_of, plain, trainer
+from .modules import NAMES, Classifier, flat, loader, lowering, optimizer_of, plain, trainer
 
 FORMS = {
     "optimizer": lambda optimizer: optimizer,
@@ -21,8 +21,8 @@ FORMS = {
     "tuple of dictionaries": lambda optimizer: ({"optimizer": optimizer},),
 }
 SCHEDULED = {
-    "two lists": lambda o: ([o], [{"scheduler": halving(o), "interval": "step"}]),
-    "dictionary": lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": halving(o), "interval": "step"}},
+    "two lists": lambda o: ([o], [{"scheduler": lowering(o), "interval": "step"}]),
+    "dictionary": lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": lowering(o), "interval": "step"}},
 }
 
 
@@ -46,10 +46,10 @@ def test_every_return_form_trains_like_a_plain_loop(form, name):
 @pytest.mark.parametrize("form", SCHEDULED)
 def test_schedulers_multiply(form, name):
     module = fit(name, SCHEDULED[form])
-    x, alphas, rates = plain(name, schedule=halving)
+    x, alphas, rates = plain(name, schedule=lowering)
     assert torch.equal(flat(module), x)
     assert module.alphas == alphas
-    assert rates == pytest.approx([alpha * 0.5 ** (step // 4) for step, alpha in enumerate(alphas)])
+    assert rates == pytest.approx([alpha * 0.8 ** (step // 4) for step, alpha in enumerate(alphas)])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,7 +187,7 @@ def test_two_optimizers_adapt_apart():
     trainer(max_epochs=2).fit(module, loader())
     generator, discriminator = zip(*module.alphas, strict=True)
     assert generator != discriminator
-    assert len(set(generator)) > 10
+    assert len(set(generator)) > 8  # it meets its highest rate
     assert len(set(discriminator)) > 10
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elra_hf.adapters.lightning import ElraMonitor
 
-from .modules import BATCH, NAMES, STEPS, Classifier, flat, halving, loader, net, optimizer_of, trainer
+from .modules import BATCH, NAMES, STEPS, Classifier, flat, loader, lowering, net, optimizer_of, trainer
 
 WORLD = 2
 DOUBLE = torch.float64
@@ -30,7 +30,7 @@ def share(rank: int) -> DataLoader:
 
 def scheduled(name: str, module: nn.Module) -> dict[str, Any]:
     optimizer = optimizer_of(name, module)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halving(optimizer), "interval": "step"}}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lowering(optimizer), "interval": "step"}}
 
 
 def fit(module: Classifier, strategy: Any, **options: Any) -> Any:

@@ -29,6 +29,8 @@ def main() -> None:
     trainer = Trainer(GPT2LMHeadModel(config), args, train_dataset=Counting(data.rows))
     trainer.train()
     trainer.save_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 if __name__ == "__main__":
