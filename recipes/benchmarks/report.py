@@ -1,4 +1,4 @@
-"""Write tables and pictures from the rows of a bench: FILE.md, FILE-regret.png and FILE-start-rates.png next to FILE.csv."""
+"""Write tables and pictures from the rows of a bench: FILE.md and FILE-*.png next to FILE.csv."""
 
 from __future__ import annotations
 
@@ -7,22 +7,36 @@ import inspect
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from elra_hf import ElraAdamW
-from recipes.sweep import Row, read
+from recipes.sweep import Row
 
+from .cells import geometric_mean, markdown, mean, ratio, spread
 from .optimizers import OPTIMIZERS
-from .run import RESULTS, START_RATE_SEED, START_RATES, TUNING_SEED, Done, best_of_sweep, compare, key, number
-from .tasks import TASKS
+from .pictures import plot_alphas, plot_regret, plot_start_rates
+from .run import (
+    CURVE,
+    RESULTS,
+    START_RATE_SEED,
+    TUNING_SEED,
+    VARIATIONS,
+    VARIED,
+    Done,
+    best_of_sweep,
+    compare,
+    curve_steps,
+    default_optimizers,
+    load,
+    number,
+    varied,
+)
+from .start_rates import PLATEAU, alpha_curves, plateau_table, start_rate_curves
+from .tasks import TASKS, find
 
 Rows = list[Row]
 Entries = dict[str, Rows]  # label of an optimizer with its configuration → its runs with the reporting seeds
-PLATEAU = 1.05  # a loss up to this many times the best one counts as equally good
-CAP = 10.0  # where pictures end
 
 
 # ---- which rows ------------------------------------------------------------------------------------------------------------
@@ -67,30 +81,6 @@ def losses(rows: Rows, column: str = "test_loss") -> list[float]:
 # ---- numbers ---------------------------------------------------------------------------------------------------------------
 
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, infinite if a value is."""
-    return math.inf if math.inf in values else statistics.fmean(values)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Geometric mean, infinite if a value is."""
-    values = list(values)
-    return math.inf if math.inf in values else statistics.geometric_mean(values)
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation, as text."""
-    if math.inf in values:
-        return f"{values.count(math.inf)} of {len(values)} failed"
-    deviation = f" ± {statistics.stdev(values):.{digits}g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}g}{deviation}"
-
-
-def ratio(value: float) -> str:
-    """A quotient of losses, as text."""
-    return "failed" if value == math.inf else f"{value:.3f}" if value < 100 else f"{value:.2g}"
-
-
 def regret(tables: Mapping[str, Entries], reference: str) -> dict[str, dict[str, float]]:
     """Entry → task → mean test loss over the reference's, on the tasks where the reference was run."""
     found: dict[str, dict[str, float]] = {}
@@ -113,12 +103,6 @@ def deviation(tables: Mapping[str, Entries], reference: str, name: str) -> float
 # ---- text ------------------------------------------------------------------------------------------------------------------
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
 def regret_table(tables: Mapping[str, Entries], reference: str) -> str:
     """Geometric mean, worst task and every task, best entry first; entries that lack tasks come last."""
     found = regret(tables, reference)
@@ -138,6 +122,55 @@ def regret_table(tables: Mapping[str, Entries], reference: str) -> str:
             + [ratio(of[task]) if task in of else "" for task in tasks]
         )
     return markdown(["optimizer", "geometric mean", "worst", *tasks], rows)
+
+
+def variation_table(tables: Mapping[str, Entries]) -> str:
+    """Geometric mean over the tasks for each variation, from the entries that have all of its tasks."""
+    found = regret(tables, REFERENCE)
+    groups: dict[str, list[str]] = {}
+    for task in found.get(REFERENCE, {}):
+        groups.setdefault(task.partition("@")[2] or "as it is", []).append(task)
+    rows = []
+    for name, of in found.items():
+        complete = [all(task in of for task in tasks) for tasks in groups.values()]
+        means = [
+            ratio(geometric_mean(of[task] for task in tasks)) if ok else ""
+            for tasks, ok in zip(groups.values(), complete, strict=True)
+        ]
+        rows.append([name, *means])
+    return markdown(["optimizer", *groups], rows)
+
+
+def steps_to(runs: Rows, target: float) -> int | None:
+    """After how many steps the validation loss, mean over the seeds, is first at or below ``target``."""
+    if any(row["status"] != "ok" for row in runs):
+        return None
+    curves = [[number(value) for value in row["curve"].split(";")] for row in runs]
+    taken = curve_steps(int(runs[0]["steps"]))
+    return next((steps for steps, values in zip(taken, zip(*curves, strict=True), strict=True) if mean(values) <= target), None)
+
+
+def steps_table(tables: Mapping[str, Entries], done: Done) -> str | None:
+    """Steps to the last validation loss of the best AdamW; None where no row tells."""
+    lines: dict[str, dict[str, str]] = {}
+    for task, table in tables.items():
+        if REFERENCE not in table:
+            continue
+        target = mean(losses(table[REFERENCE], "validation_loss"))
+        if target == math.inf:
+            continue
+        for name, runs in table.items():
+            if any(row["status"] == "ok" and not row["curve"] for row in runs):
+                continue  # of before curves were kept
+            steps = steps_to(runs, target)
+            cell = "–" if steps is None else str(steps)
+            if OPTIMIZERS[LABELS[name]].rate is None and steps is not None:
+                tried = sum((run.task, run.optimizer, run.seed) == (task, LABELS[name], TUNING_SEED) for run in done)
+                cell += f" ({tried * int(runs[0]['steps'])})"
+            lines.setdefault(name, {})[task] = cell
+    shown = [task for task in tables if any(task in line for line in lines.values())]
+    rows = [[name, *(lines[name].get(task, "") for task in shown)] for name in LABELS if name in lines]
+    return markdown(["optimizer", *shown], rows) if rows else None
 
 
 def task_table(table: Entries) -> str:
@@ -206,112 +239,24 @@ def verdict(name: str, tables: Mapping[str, Entries]) -> str:
 
 
 def missing(done: Done, tasks: Sequence[str]) -> list[str]:
-    """What the quick suite's optimizers lack on each task."""
+    """What the quick suite, or the studies that the file holds tasks of, lack."""
+    variations = {task.partition("@")[2] for task in tasks}
+    studies = [study for study, of in VARIATIONS.items() if variations & set(of)]
+    wanted = [task for study in studies for task in varied(study, VARIED)] or [n for n, task in TASKS.items() if task.quick]
+    optimizers = default_optimizers(studies[0] if studies else "compare", "quick")
     lines = []
     for task in tasks:
         steps = next(run.steps for run in done if run.task == task)
         lacking = []
-        for name, declared in OPTIMIZERS.items():
+        for name in OPTIMIZERS:
             known = any((run.task, run.optimizer) == (task, name) for run in done)
             runs, more = compare(task, name, [1, 2, 3], steps, done)
-            if (declared.quick or known) and (runs or more):
+            if (name in optimizers or known) and (runs or more):
                 lacking.append(f"{name} ({len(runs) + more} runs)")
         if lacking:
             lines.append(f"{task}: {', '.join(lacking)}")
-    absent = [name for name, task in TASKS.items() if task.quick and name not in tasks]
+    absent = [task for task in wanted if task not in tasks]
     return [*lines, *([f"all of: {', '.join(absent)}"] if absent else [])]
-
-
-# ---- start rates -----------------------------------------------------------------------------------------------------------
-
-
-def start_rate_curves(done: Done) -> dict[str, dict[str, list[float]]]:
-    """Task → optimizer with schedule → test loss from each of `START_RATES`, where all were run."""
-    rates = [f"{rate:.3g}" for rate in START_RATES]
-    curves: dict[str, dict[str, list[float]]] = {}
-    for task in dict.fromkeys(run.task for run in done):
-        for name, declared in OPTIMIZERS.items():
-            for schedule in declared.schedules:
-                runs = {
-                    run.rate: row
-                    for run, row in done.items()
-                    if (run.task, run.optimizer, run.schedule, run.seed) == (task, name, schedule, START_RATE_SEED)
-                }
-                if all(rate in runs for rate in rates):
-                    curve = [number(runs[rate]["test_loss"]) for rate in rates]
-                    curves.setdefault(task, {})[f"{name}, {schedule}"] = curve
-    return curves
-
-
-def plateau(curve: Sequence[float]) -> tuple[float, float]:
-    """The first and the last start rate of the stretch around the best whose losses are within `PLATEAU` of it."""
-    best = min(range(len(curve)), key=lambda i: curve[i])
-    low = high = best
-    while low > 0 and curve[low - 1] <= PLATEAU * curve[best]:
-        low -= 1
-    while high < len(curve) - 1 and curve[high + 1] <= PLATEAU * curve[best]:
-        high += 1
-    return START_RATES[low], START_RATES[high]
-
-
-def plateau_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Decades of start rates that end equally well."""
-    names = dict.fromkeys(name for of_task in curves.values() for name in of_task)
-    rows = []
-    for name in names:
-        cells = []
-        for of_task in curves.values():
-            if name not in of_task:
-                cells.append("")
-                continue
-            low, high = plateau(of_task[name])
-            cells.append(f"{round(math.log10(high / low))} ({low:.0e} … {high:.0e})")
-        rows.append([name, *cells])
-    return markdown(["optimizer", *curves], rows)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------------
-
-
-def plot_regret(found: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """One line an optimizer: a dot a task, a bar at the geometric mean; what is beyond the axis sits at its end."""
-    names = sorted(found, key=lambda name: -geometric_mean(found[name].values()))
-    tasks = list(dict.fromkeys(task for name in names for task in found[name]))
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    for color, task in enumerate(tasks):
-        points = [(min(found[name][task], CAP), line) for line, name in enumerate(names) if task in found[name]]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o", color=f"C{color}", alpha=0.7, label=task)
-    middles = [min(geometric_mean(found[name].values()), CAP) for name in names]
-    axes.plot(middles, range(len(names)), "k|", markersize=14, markeredgewidth=2, label="geometric mean")
-    axes.axvline(1.0, color="gray", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel(f"test loss over that of AdamW tuned for the task (beyond {CAP:g}: at the edge)")
-    axes.set_yticks(range(len(names)), names)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=100)
-
-
-def plot_start_rates(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """A panel a task, test loss against the start rate; a run that failed leaves a gap."""
-    figure = Figure(figsize=(8, 3 * len(curves)), layout="constrained")
-    panels = figure.subplots(len(curves), 1, squeeze=False)[:, 0]
-    colors = {
-        name: f"C{index}" for index, name in enumerate(dict.fromkeys(n.split(",")[0] for c in curves.values() for n in c))
-    }
-    for axes, (task, of_task) in zip(panels, curves.items(), strict=True):
-        for name, curve in of_task.items():
-            optimizer, schedule = name.split(", ")
-            values = [loss if math.isfinite(loss) else math.nan for loss in curve]
-            style = "-o" if schedule == "linear" else ":o"
-            axes.plot(START_RATES, values, style, color=colors[optimizer], markersize=3, label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(task, fontsize="medium")
-        axes.set_ylabel("test loss")
-        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    panels[-1].set_xlabel("start rate")
-    figure.savefig(path, dpi=100)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------------
@@ -323,11 +268,11 @@ def report(path: Path) -> str:
     Raises:
         ValueError: there are no rows, or rows of a task or optimizer that is not declared, or of two lengths of a task.
     """
-    done = {key(row): row for row in read(path)}
+    done = load(path)
     if not done:
         raise ValueError(f"{path} has no rows: python -m recipes.benchmarks run --results {path}")
     for run in done:
-        if run.task not in TASKS or run.optimizer not in OPTIMIZERS:
+        if not declared(run.task) or run.optimizer not in OPTIMIZERS:
             raise ValueError(f"{path} has a run of {run.task} with {run.optimizer}, which is not declared: delete its rows")
     tasks = list(dict.fromkeys(run.task for run in done))
     for task in tasks:
@@ -335,8 +280,8 @@ def report(path: Path) -> str:
         if len(lengths) > 1:
             raise ValueError(f"{path} has runs of {task} with {lengths} steps: keep each number in a file of its own")
     tables = {task: entries(done, task) for task in tasks}
-    learning = {task: table for task, table in tables.items() if TASKS[task].goal is None}
-    functions = {task: table for task, table in tables.items() if TASKS[task].goal is not None}
+    learning = {task: table for task, table in tables.items() if find(task).goal is None}
+    functions = {task: table for task, table in tables.items() if find(task).goal is not None}
     failed = sum(row["status"] != "ok" for row in done.values())
     minutes = sum(float(row["total_seconds"] or 0.0) for row in done.values()) / 60
     parts = [
@@ -353,12 +298,22 @@ def report(path: Path) -> str:
             regret_table(learning, REFERENCE),
         ]
         if found:
-            plot_regret(found, path.with_name(f"{path.stem}-regret.png"))
+            middles = {name: geometric_mean(of.values()) for name, of in found.items()}
+            plot_regret(found, middles, path.with_name(f"{path.stem}-regret.png"))
             parts.append(f"![Regret]({path.stem}-regret.png)\n")
-        parts += [
-            "## Test loss over the best SGD with momentum of a sweep\n",
-            regret_table(learning, MOMENTUM),
-        ]
+        if any("@" in task for task in learning):
+            parts += ["## The same by variation: geometric mean over the tasks\n", variation_table(learning)]
+        steps = steps_table(learning, done)
+        if steps:
+            parts += [
+                "## Steps to the last validation loss of the best AdamW\n",
+                f"After how many steps the validation loss, mean over the seeds and taken {CURVE} times a run, is first at or "
+                "below what the best AdamW ends with, which AdamW itself may reach earlier. In brackets: the steps of all runs "
+                "of the sweep that found the configuration. –: never.\n",
+                steps,
+            ]
+        if any(MOMENTUM in table for table in learning.values()):
+            parts += ["## Test loss over the best SGD with momentum of a sweep\n", regret_table(learning, MOMENTUM)]
         mine = [name for name in LABELS if OPTIMIZERS[LABELS[name]].ours and any(name in table for table in learning.values())]
         if mine:
             parts += [
@@ -381,6 +336,14 @@ def report(path: Path) -> str:
             plateau_table(curves),
             f"![Start rates]({path.stem}-start-rates.png)\n",
         ]
+    alphas = alpha_curves(done)
+    if alphas:
+        plot_alphas(alphas, path.with_name(f"{path.stem}-alpha.png"))
+        parts += [
+            "## α from every start rate\n",
+            f"Constant schedule, seed {START_RATE_SEED}; one line a start rate.\n",
+            f"![α from every start rate]({path.stem}-alpha.png)\n",
+        ]
     for task, table in learning.items():
         if table:
             parts += [f"## {task}\n", task_table(table)]
@@ -388,6 +351,15 @@ def report(path: Path) -> str:
     if lacking:
         parts += ["## Missing\n", "".join(f"- {line}\n" for line in lacking)]
     return "\n".join(parts)
+
+
+def declared(task: str) -> bool:
+    """Whether the bench knows the task."""
+    try:
+        find(task)
+    except ValueError:
+        return False
+    return True
 
 
 def versions(done: Done) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -35,7 +35,7 @@ from recipes.sweep import Row, append, read
 
 from .functions import FUNCTIONS
 from .optimizers import OPTIMIZERS, Optimizer, half_decade, nearest
-from .tasks import TASKS, Batch, Problem
+from .tasks import TASKS, Batch, Loss, Problem, find
 
 TASKS |= FUNCTIONS
 TUNING_SEED = 0  # reporting seeds are 1, 2, …
@@ -43,6 +43,8 @@ START_RATES = [10.0**k for k in range(-9, 1)]
 START_RATE_SEED = 1
 REACH = 8  # half decades that a sweep may leave its centre by
 LOST = 20  # losses in a row that are not finite, after which a run is over
+CURVE = 10  # validation losses that are kept of a run
+ALPHAS = 30  # values of α that are kept of a run whose start rate is studied
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -74,6 +76,16 @@ def key(row: Row) -> Run:
 def text(value: float) -> str:
     """A number with as many digits as are kept of it."""
     return f"{value:.6g}"
+
+
+def curve_steps(steps: int) -> list[int]:
+    """After how many steps the validation loss is kept: at equal distances, the last at the end."""
+    return sorted({math.ceil(steps * k / CURVE) for k in range(1, CURVE + 1)})
+
+
+def alpha_steps(steps: int) -> list[int]:
+    """After how many steps α is kept: at equal distances of the logarithm, since α finds its height within few steps."""
+    return sorted({round(steps ** (k / (ALPHAS - 1))) for k in range(ALPHAS)})
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------------
@@ -111,14 +123,19 @@ def one_line(error: BaseException) -> str:
 
 def train(run: Run, declared: Optimizer, trajectories: Path | None) -> Row:
     """The measured part of a row."""
-    task = TASKS[run.task]
+    task = find(run.task)
     problem = task.build(run.seed)
     params = [p for p in problem.model.parameters() if p.requires_grad]
     with contextlib.redirect_stdout(io.StringIO()):  # some packages print when they are made
         optimizer = declared.make(params, float(run.rate))
     scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / run.steps if run.schedule == "linear" else 1.0)
     group = optimizer.param_groups[0]
-    start = evaluate(problem, "train")[0]
+    start = average(problem.loss, problem.model.eval(), problem.splits["train"])
+    # a function tells the steps to its goal instead; a schedule only multiplies α
+    curve_at = curve_steps(run.steps)[:-1] if task.goal is None else []
+    alphas_at = alpha_steps(run.steps) if (run.schedule, run.seed) == ("constant", START_RATE_SEED) and declared.ours else []
+    curve: list[str] = []
+    alphas: list[str] = []
     points: list[Point] = []
     lost, reached, seconds = 0, None, 0.0
     set_mode(problem, optimizer, training=True)
@@ -136,6 +153,10 @@ def train(run: Run, declared: Optimizer, trajectories: Path | None) -> Row:
             reached = step
         if trajectories is not None:
             points.append(Point(step, value, *(float(group[k]) if k in group else None for k in ("alpha", "cos"))))
+        if step + 1 in curve_at:
+            curve.append(text(validate(problem, optimizer)))
+        if step + 1 in alphas_at:
+            alphas.append(f"{float(group['alpha']):.2g}")
         lost = 0 if math.isfinite(value) else lost + 1
         if lost == LOST:
             break
@@ -146,6 +167,10 @@ def train(run: Run, declared: Optimizer, trajectories: Path | None) -> Row:
         row[f"{name}_loss"] = text(loss)
         if metric is not None:
             row[f"{name}_metric"] = text(metric)
+    if task.goal is None:
+        cut_off = ["nan"] * (len(curve_at) - len(curve))
+        row["curve"] = ";".join([*curve, *cut_off, row["validation_loss"]])
+    row["alphas"] = ";".join(alphas)
     row["status"] = "ok" if all(math.isfinite(float(row[f"{name}_loss"])) for name in ("train", "validation")) else "diverged"
     row |= {name: text(float(group[name])) for name in ("alpha", "restarts", "clamps") if name in group}
     row["state_bytes"] = str(state_bytes(optimizer))
@@ -162,18 +187,30 @@ def set_mode(problem: Problem, optimizer: torch.optim.Optimizer, *, training: bo
         switch()
 
 
-@torch.no_grad()
 def evaluate(problem: Problem, split: str) -> tuple[float, float | None]:
     """Mean loss and metric over the rows of a split."""
-    problem.model.eval()
-    count, total, scores = 0, 0.0, 0.0
-    for batch in problem.splits[split]:
-        rows = length(batch)
-        count += rows
-        total += rows * problem.loss(problem.model, batch).item()
-        if problem.metric is not None:
-            scores += problem.metric(problem.model, batch).double().sum().item()
-    return total / count, scores / count if problem.metric is not None else None
+    model = functools.cache(problem.model.eval())  # loss and metric share the forward pass of a batch
+    batches = problem.splits[split]
+    return average(problem.loss, model, batches), average(problem.metric, model, batches) if problem.metric else None
+
+
+@torch.no_grad()
+def average(of: Loss, model: Callable[..., Any], batches: Sequence[Batch]) -> float:
+    """Mean of a loss or metric over the rows of all batches."""
+    total = sum(length(batch) * of(model, batch).double().mean().item() for batch in batches)
+    return total / sum(map(length, batches))
+
+
+def validate(problem: Problem, optimizer: torch.optim.Optimizer) -> float:
+    """Validation loss in the middle of a run, which goes on as if nothing had been measured."""
+    weights = [p.detach().clone() for p in problem.model.parameters()]
+    set_mode(problem, optimizer, training=False)
+    loss = average(problem.loss, problem.model, problem.splits["validation"])
+    set_mode(problem, optimizer, training=True)
+    with torch.no_grad():  # schedule-free optimizers compute the weights of the other mode, and the way back rounds
+        for p, weight in zip(problem.model.parameters(), weights, strict=True):
+            p.copy_(weight)
+    return loss
 
 
 def length(batch: Batch) -> int:
@@ -190,8 +227,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def versions(declared: Optimizer) -> str:
     """What the result may depend on."""
     package = declared.package.split("==")[0]
-    known = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__, "elra_hf": OWN_VERSION}
-    if package not in known:
+    known = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+    if declared.ours:
+        known["elra_hf"] = OWN_VERSION
+    elif package not in known:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             known[package] = importlib.metadata.version(package)
     return " ".join(f"{name}={version}" for name, version in known.items())
@@ -210,13 +249,19 @@ def write_trajectory(folder: Path, run: Run, points: Sequence[Point]) -> None:
 COLUMNS = [
     *Run._fields, "configuration", "status", "error", "start_loss", "train_loss", "validation_loss", "test_loss",
     "train_metric", "validation_metric", "test_metric", "reached", "alpha", "restarts", "clamps", "seconds", "total_seconds",
-    "state_bytes", "versions",
+    "state_bytes", "versions", "curve", "alphas",
 ]  # fmt: skip
 
 
 # ---- which runs ------------------------------------------------------------------------------------------------------------
 
 Done = dict[Run, Row]
+
+
+def load(path: Path) -> Done:
+    """The rows of a file; columns that it is too old to have are empty."""
+    rows = (dict.fromkeys(COLUMNS, "") | row for row in read(path))
+    return {key(row): row for row in rows}
 
 
 def score(row: Row) -> tuple[float, float]:
@@ -270,7 +315,7 @@ def compare(task: str, optimizer: str, seeds: Sequence[int], steps: int, done: D
         def at(rate: float, schedule: str = schedule) -> Run:
             return Run(task, optimizer, schedule, f"{rate:.3g}", TUNING_SEED, steps)
 
-        lacking += sweep(at, declared.usual(TASKS[task]), done)
+        lacking += sweep(at, declared.usual(find(task)), done)
     if lacking:
         return lacking, len(seeds)
     best = best_of_sweep(done, task, optimizer, steps)
@@ -294,7 +339,17 @@ def at_rates(
     return [run for run in runs if run not in done], 0
 
 
-STUDIES = {"compare": compare, "start-rates": start_rates}
+STUDIES = {"compare": compare, "start-rates": start_rates, "batch-sizes": compare, "noise": compare}
+VARIATIONS = {
+    "batch-sizes": ["batch=4", "batch=16", "batch=64", "batch=256"],
+    "noise": ["labels=0.2", "labels=0.4", "gradient=1", "gradient=3"],
+}  # of a study's tasks
+VARIED = ["digits-mlp", "mnist-mlp", "mnist-cnn"]  # those tasks, when none are named
+
+
+def varied(study: str, tasks: Sequence[str]) -> list[str]:
+    """The names of the tasks in all variations of the study."""
+    return [f"{task}@{variation}" for task in tasks for variation in VARIATIONS[study]]
 
 
 # ---- many runs -------------------------------------------------------------------------------------------------------------
@@ -307,6 +362,30 @@ def mend(path: Path) -> None:
         path.write_bytes(content[: content.rfind(b"\n") + 1])
         if not path.stat().st_size:
             path.unlink()
+
+
+def add_columns(path: Path) -> None:
+    """Bring a file that is older than some columns to `COLUMNS`, with empty cells there.
+
+    Raises:
+        SystemExit: the file has other columns.
+    """
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        header = next(csv.reader(file))
+    if header == COLUMNS:
+        return
+    if not set(header) <= set(COLUMNS):
+        sys.exit(
+            f"--results {path} has columns that no bench writes, such as {min(set(header) - set(COLUMNS))}: name another file"
+        )
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(load(path).values())
+    new.replace(path)
 
 
 def be_a_worker() -> None:
@@ -377,7 +456,8 @@ def execute(
         All rows of the file.
     """
     mend(path)
-    done = {key(row): row for row in read(path)}
+    add_columns(path)
+    done = load(path)
     idle = [Worker() for _ in range(workers)]
     busy: dict[Future[Row], tuple[Worker, Run]] = {}
     console = Console(stderr=True)
@@ -409,16 +489,11 @@ def execute(
                     progress.print(f"{row['status']}: {' '.join(map(str, run))}: {told}", soft_wrap=True, highlight=False)
 
 
-def chosen(names: Sequence[str] | None, known: dict[str, object], default: list[str], option: str) -> list[str]:
-    """The names given, or the default.
-
-    Raises:
-        SystemExit: one is unknown.
-    """
-    for name in names or []:
-        if name not in known:
-            sys.exit(f"{option} {name}: no such name. Known: {', '.join(known)}")
-    return list(names) if names else default
+def default_optimizers(study: str, suite: str) -> list[str]:
+    """Those that run when none are named."""
+    if study in VARIATIONS:
+        return [name for name, declared in OPTIMIZERS.items() if declared.ours or name == "adamw"]
+    return [name for name, declared in OPTIMIZERS.items() if suite == "full" or declared.quick]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -426,30 +501,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m recipes.benchmarks run", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="which tasks and optimizers")
+    parser.add_argument(
+        "--suite", choices=("quick", "full"), default="quick", help="tasks and optimizers of compare and start-rates"
+    )
     parser.add_argument("--study", choices=tuple(STUDIES), default="compare", help="what to find out")
-    parser.add_argument("--tasks", nargs="+", help="instead of the suite's")
-    parser.add_argument("--optimizers", nargs="+", help="instead of the suite's")
+    parser.add_argument("--tasks", nargs="+", help="instead of the suite's or the study's")
+    parser.add_argument("--optimizers", nargs="+", help="instead of the suite's or the study's")
     parser.add_argument("--seeds", type=int, default=3, help="number of reporting seeds: 1, 2, …")
     parser.add_argument("--rates", nargs="+", type=float, help="these learning rates instead of a study")
     parser.add_argument("--steps", type=int, help="instead of the task's own number")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--results", type=Path, help="CSV file; default: SUITE.csv in the folder of committed results")
+    parser.add_argument(
+        "--results", type=Path, help="CSV file; default: in results/, SUITE.csv, or STUDY.csv for batch-sizes and noise"
+    )
     parser.add_argument("--trajectories", type=Path, help="folder for loss, α and cosine at every step; default: not kept")
     args = parser.parse_args(argv)
     for option, value in {"--seeds": args.seeds, "--steps": args.steps or 1, "--workers": args.workers}.items():
         if value < 1:
             parser.error(f"{option} {value} is invalid: give a number >= 1")
-    full = args.suite == "full"
-    tasks = chosen(args.tasks, dict(TASKS), [n for n, t in TASKS.items() if full or t.quick], "--tasks")
-    default = [n for n, o in OPTIMIZERS.items() if full or o.quick]
-    optimizers = chosen(args.optimizers, dict(OPTIMIZERS), default, "--optimizers")
+    in_suite = TASKS if args.suite == "full" else {name: task for name, task in TASKS.items() if task.quick}
+    tasks = args.tasks or (VARIED if args.study in VARIATIONS else list(in_suite))
+    if args.study in VARIATIONS:
+        tasks = varied(args.study, tasks)
+    for name in tasks:
+        try:
+            find(name)
+        except ValueError as error:
+            sys.exit(f"--tasks {name}: {error}")
+    optimizers = args.optimizers or default_optimizers(args.study, args.suite)
+    for name in optimizers:
+        if name not in OPTIMIZERS:
+            sys.exit(f"--optimizers {name}: no such name. Known: {', '.join(OPTIMIZERS)}")
     for name in optimizers[:]:
         told = OPTIMIZERS[name].missing()
         if told:
             print(f"{name} is skipped: {told}", file=sys.stderr)
             optimizers.remove(name)
-    path = args.results or RESULTS / f"{args.suite}.csv"
+    path = args.results or RESULTS / f"{args.study if args.study in VARIATIONS else args.suite}.csv"
     seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + args.seeds)
     study = functools.partial(at_rates, args.rates) if args.rates else STUDIES[args.study]
 
@@ -457,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         now, later = [], []
         for task in tasks:
             for optimizer in optimizers:
-                lacking, more = study(task, optimizer, seeds, args.steps or TASKS[task].steps, done)
+                lacking, more = study(task, optimizer, seeds, args.steps or find(task).steps, done)
                 now += lacking
                 later += [(task, optimizer)] * more
         return now, later

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.util
+import inspect
 import io
 import itertools
 import os
@@ -18,7 +19,7 @@ import sysconfig
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class Task:
     """A declaration.
 
     Attributes:
-        build: seed → problem.
+        build: seed → problem; its further arguments are what `find` can vary.
         steps: optimizer steps of a run.
         usual: the usual AdamW learning rate, centre of the sweep.
         kind: "mlp", "cnn", "transformer", "function" or "other".
@@ -61,7 +62,7 @@ class Task:
         goal: share of the first loss at which the task counts as solved, where the lowest loss is known to be 0.
     """
 
-    build: Callable[[int], Problem]
+    build: Callable[..., Problem]
     steps: int
     usual: float
     kind: str
@@ -207,7 +208,11 @@ def order(indices: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
 def rows_problem(
     model: nn.Module, tensors: Batch, seed: int, loss: Loss, metric: Loss | None = None, batch: int = 32, cap: int = 2000
 ) -> Problem:
-    """Rows in random order; at most ``cap`` rows of each split are evaluated."""
+    """Rows in random order; at most ``cap`` rows of each split are evaluated.
+
+    Raises:
+        ValueError: a batch is larger than the training data.
+    """
 
     def pick(rows: np.ndarray) -> Batch:
         return tuple(t[rows] for t in tensors)
@@ -216,6 +221,8 @@ def rows_problem(
         return [pick(rows[i : min(i + 500, cap)]) for i in range(0, min(len(rows), cap), 500)]
 
     train, validation, test = split(len(tensors[0]))
+    if batch > len(train):
+        raise ValueError(f"batch={batch} is more than the {len(train)} rows to train on: give a smaller one")
     stream = (pick(rows) for rows in order(train, batch, seed))
     splits = {"train": chunks(train), "validation": chunks(validation), "test": chunks(test)}
     return Problem(model, stream, loss, splits, metric)
@@ -227,8 +234,7 @@ def classify(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """What ``model`` makes of all but the last tensor of the batch, shape (rows, classes)."""
-    """Scores of the classes, (rows, classes)."""
+    """Scores of the classes that ``model`` gives to all but the last tensor of the batch, shape (rows, classes)."""
     output = model(*batch[:-1])
     return output if isinstance(output, Tensor) else output.logits
 
@@ -239,7 +245,6 @@ def hit(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
@@ -260,14 +265,43 @@ def cnn(side: int, channels: int) -> nn.Sequential:
     )
 
 
-def images(
-    data: Callable[[], tuple[Tensor, Tensor]], net: Callable[[], nn.Module], batch: int = 32
-) -> Callable[[int], Problem]:
-    """Images and their classes, as rows of pixels."""
+def relabel(classes: Tensor, rows: np.ndarray, share: float, seed: int) -> Tensor:
+    """A copy in which ``share`` of the ``rows`` have a class drawn at random from all, the right one included."""
+    rng = np.random.default_rng([seed, 1])  # not the numbers that order the batches
+    chosen = rng.choice(rows, round(share * len(rows)), replace=False)
+    changed = classes.clone()
+    changed[chosen] = torch.from_numpy(rng.integers(0, int(classes.max()) + 1, len(chosen)))
+    return changed
 
-    def build(seed: int) -> Problem:
+
+def disturb(model: nn.Module, size: float, seed: int) -> None:
+    """Add Gaussian noise to each gradient from now on, tensor by tensor: its norm is ``size`` times the gradient's."""
+    generator = torch.Generator().manual_seed(1_000_000 + seed)  # not the numbers that drew the weights
+
+    def noisy(gradient: Tensor) -> Tensor:
+        noise = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+        return gradient + size * gradient.norm() / gradient.numel() ** 0.5 * noise
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(noisy)
+
+
+def images(data: Callable[[], tuple[Tensor, Tensor]], net: Callable[[], nn.Module], batch: int = 32) -> Callable[..., Problem]:
+    """Images and their classes, as rows of pixels.
+
+    ``labels`` is the share of the training labels that are random, ``gradient`` the size of the noise on the gradients.
+    """
+
+    def build(seed: int, batch: int = batch, labels: float = 0.0, gradient: float = 0.0) -> Problem:
         torch.manual_seed(seed)
-        return rows_problem(net(), data(), seed, classify, hit, batch)
+        x, y = data()
+        if labels:
+            y = relabel(y, split(len(y))[0], labels, seed)
+        problem = rows_problem(net(), (x, y), seed, classify, hit, batch)
+        if gradient:
+            disturb(problem.model, gradient, seed)
+        return problem
 
     return build
 
@@ -324,13 +358,26 @@ def language_model(data: Callable[[], Tensor], layers: int, width: int, batch: i
     return build
 
 
+def by_length(batches: list[Batch], size: int = 50) -> list[Batch]:
+    """The same texts, short ones with short ones and without the padding they share: evaluating takes half the time."""
+    ids, mask, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    lengths = mask.sum(1)
+    return [
+        (ids[rows, :longest], mask[rows, :longest], labels[rows])
+        for rows in lengths.argsort(stable=True).split(size)
+        for longest in [int(lengths[rows].max())]
+    ]
+
+
 def text_classifier(data: str, length: int, model: Callable[[int], nn.Module]) -> Callable[[int], Problem]:
     """Texts and their classes."""
 
     def build(seed: int) -> Problem:
         tensors = encoded(data, length)
         torch.manual_seed(seed)
-        return rows_problem(model(int(tensors[-1].max()) + 1), tensors, seed, classify, hit, cap=1000)
+        problem = rows_problem(model(int(tensors[-1].max()) + 1), tensors, seed, classify, hit, cap=1000)
+        problem.splits = {name: by_length(batches) for name, batches in problem.splits.items()}
+        return problem
 
     return build
 
@@ -391,3 +438,30 @@ TASKS: dict[str, Task] = {
     "minilm-questions": Task(text_classifier("questions", 24, minilm()), 150, 2e-4, "transformer"),
     "minilm-lora-questions": Task(text_classifier("questions", 24, minilm(lora=True)), 150, 3e-3, "transformer"),
 }
+LARGEST = {"batch": 100_000, "labels": 1.0, "gradient": 100.0}  # what can be varied, and how far
+
+
+def find(name: str) -> Task:
+    """One of `TASKS`; or one of them varied, such as mnist-mlp@batch=4, mnist-mlp@labels=0.2 or mnist-mlp@gradient=1.
+
+    Raises:
+        ValueError: there is no such task, or it cannot be varied so.
+    """
+    base, at, variation = name.partition("@")
+    if base not in TASKS:
+        raise ValueError(f"no such name. Known: {', '.join(TASKS)}")
+    task = TASKS[base]
+    if not at:
+        return task
+    what, _, text = variation.partition("=")
+    if what not in LARGEST or what not in inspect.signature(task.build).parameters:
+        able = [name for name, task in TASKS.items() if "batch" in inspect.signature(task.build).parameters]
+        raise ValueError(f"{base} has no {what or 'such thing'} to vary. After @: {', '.join(LARGEST)}, on {', '.join(able)}")
+    try:
+        value = int(text) if what == "batch" else float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= LARGEST[what]:
+        kind = "whole number" if what == "batch" else "number"
+        raise ValueError(f"{what}={text} is invalid: give a {kind} above 0, up to {LARGEST[what]:g}")
+    return replace(task, build=functools.partial(task.build, **{what: value}), quick=False)

@@ -13,8 +13,22 @@ import torch
 from recipes.benchmarks import report
 from recipes.benchmarks.functions import FUNCTIONS
 from recipes.benchmarks.optimizers import OPTIMIZERS
-from recipes.benchmarks.run import OWN_VERSION, Run, compare, key, main, measure, mend, start_rates, sweep
-from recipes.benchmarks.tasks import TASKS
+from recipes.benchmarks.run import (
+    COLUMNS,
+    OWN_VERSION,
+    Run,
+    compare,
+    key,
+    main,
+    measure,
+    mend,
+    set_mode,
+    start_rates,
+    sweep,
+    validate,
+)
+from recipes.benchmarks.start_rates import plateau
+from recipes.benchmarks.tasks import TASKS, Task, by_length, digits, find, images, split
 from recipes.sweep import append, read
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +108,7 @@ def test_rows_of_a_comparison(killed):
     assert len(ours) == OURS
     assert {(row["schedule"], row["seed"]) for row in ours} == {(s, n) for s in ("constant", "linear") for n in "12"}
     assert all(row["rate"] == "1e-05" and float(row["alpha"]) > 1e-5 for row in ours)
-    assert all(f"elra_hf={OWN_VERSION}" in row["versions"].split() for row in rows)
+    assert all((f"elra_hf={OWN_VERSION}" in row["versions"].split()) == (row["optimizer"] == "elra_adamw") for row in rows)
     # parameters of a 64-64-10 net, 8 bytes each, and a counter
     assert {row["state_bytes"] for row in ours} == {str(8 * (64 * 64 + 64 + 64 * 10 + 10) + 4)}
     baseline = [row for row in rows if row["optimizer"] == "adamw"]
@@ -128,6 +142,11 @@ def test_report_of_the_rows(killed):
     assert "1 of 1 | digits-mlp" in text  # 5 steps from 1e-5 are lost against a tuned rate, and the report says so
     assert "sgd-momentum (" in text.split("## Missing")[1]
     assert path.with_name("rows-regret.png").stat().st_size > 1000
+    steps = text.split("## Steps to")[1].split("##")[0]
+    # five steps from 1e-5 reach nothing; AdamW reaches its own loss, and its sweep is counted in steps
+    assert "| elra_adamw, linear | – |" in steps
+    tuning = sum(row["optimizer"] == "adamw" and row["seed"] == "0" for row in rows)
+    assert f"| adamw, best of sweep | 5 ({5 * tuning}) |" in steps
 
 
 def test_start_rates_and_functions_in_the_report(tmp_path):
@@ -139,11 +158,103 @@ def test_start_rates_and_functions_in_the_report(tmp_path):
     assert "| elra_c2min, linear |" in text.split("## Decades of start rates")[1]
     assert int(text.split("## Functions")[1].split("| elra_p2min, constant |")[1].split("|")[0]) < 300
     assert path.with_name("rows-start-rates.png").stat().st_size > 1000
+    assert "rows-alpha.png" in text
+    assert path.with_name("rows-alpha.png").stat().st_size > 1000
 
 
 def test_a_plateau_is_the_stretch_around_the_best():
     curve = [1.04, 2.0, 1.04, 1.0, 1.05, 1.2, float("inf"), 1.0, 3.0, 3.0]
-    assert report.plateau(curve) == (1e-7, 1e-5)
+    assert plateau(curve) == (1e-7, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "elra_adamw", "schedule-free"])
+def test_a_curve_holds_what_shorter_runs_end_with(name, monkeypatch):
+    """So measuring happens in evaluation mode, and changes neither weights nor random numbers; the net has dropout."""
+    if told := OPTIMIZERS[name].missing():
+        pytest.skip(told)
+
+    def net() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 10))
+
+    monkeypatch.setitem(TASKS, "dropout", Task(images(digits, net), 50, 1e-2, "mlp"))
+    short, long = (measure(Run("dropout", name, "constant", "0.01", 1, steps)) for steps in (25, 50))
+    curve = long["curve"].split(";")
+    assert len(curve) == 10
+    assert curve[4] == short["validation_loss"]
+    assert curve[-1] == long["validation_loss"]
+    assert len(set(curve)) == 10
+
+
+def test_measuring_leaves_the_weights_bit_for_bit():
+    """Schedule-free optimizers compute other weights for it, and would come back with a rounding error."""
+    problem = TASKS["digits-mlp"].build(1)
+    params = list(problem.model.parameters())
+    optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree(params, lr=0.01)
+    set_mode(problem, optimizer, training=True)
+    for _ in range(5):
+        optimizer.zero_grad()
+        problem.loss(problem.model, next(problem.batches)).backward()
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    validate(problem, optimizer)
+    assert all(map(torch.equal, before, params))
+
+
+def test_alpha_is_kept_for_the_picture_of_start_rates():
+    row = measure(Run("digits-mlp", "elra_p2min", "constant", "1e-07", 1, 300))
+    alphas = row["alphas"].split(";")
+    assert 10 < len(alphas) <= 30
+    assert float(alphas[0]) == 1e-7  # the first step is taken with it
+    assert float(alphas[-1]) == pytest.approx(float(row["alpha"]), rel=0.05)
+    others = [("elra_p2min", "linear", 1), ("elra_p2min", "constant", 2), ("adamw", "constant", 1)]
+    assert not any(measure(Run("digits-mlp", o, s, "1e-3", seed, 2))["alphas"] for o, s, seed in others)
+
+
+def test_a_file_from_before_curves_is_continued(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    rows = [measure(Run("digits-mlp", "hf-default", "linear", "5e-05", seed, 2)) for seed in (1, 2)]
+    for row in rows:
+        append(path, {name: value for name, value in row.items() if name not in ("curve", "alphas")})
+    old = read(path)
+    assert "## Steps" not in report.report(path)
+    options = ("--tasks", "digits-mlp", "--optimizers", "hf-default", "--steps", "2", "--workers", "1", "--results", str(path))
+    main([*options, "--seeds", "3"])
+    assert "3 rows in" in capsys.readouterr().out
+    continued = read(path)
+    assert all(list(row) == COLUMNS for row in continued)
+    assert [row | {"curve": "", "alphas": ""} for row in old] == continued[:2]
+    assert continued[2]["curve"].endswith(continued[2]["validation_loss"])
+    path.write_text("task,colour\n")
+    with pytest.raises(
+        SystemExit, match=r"--results .*rows.csv has columns that no bench writes, such as colour: name another"
+    ):
+        main(options)
+    assert path.read_text() == "task,colour\n"
+
+
+def test_steps_to_a_loss():
+    def row(curve: str, status: str = "ok") -> dict[str, str]:
+        return {"curve": curve, "status": status, "steps": "200"}
+
+    falling, late = row("9;8;7;6;5;4;3;2;1;0"), row("9;9;9;9;9;9;9;9;9;0")
+    assert report.steps_to([falling], 6.5) == 80
+    assert report.steps_to([falling, late], 7.0) == 100  # the mean is 9, 8.5, 8, 7.5, 7, …
+    assert report.steps_to([falling], -1.0) is None
+    assert report.steps_to([falling, row("", "crashed")], 6.5) is None
+
+
+def test_steps_are_told_only_where_curves_are_known():
+    def row(optimizer: str, seed: int, curve: str) -> dict[str, str]:
+        cells = {"task": "t", "schedule": "linear", "rate": "1", "optimizer": optimizer, "seed": str(seed), "steps": "200"}
+        return cells | {"status": "ok", "validation_loss": "4", "curve": curve}
+
+    falling = "9;8;7;6;5;4;3;2;1;0"
+    table = {report.REFERENCE: [row("adamw", 1, "")], "hf-default": [row("hf-default", 1, falling)]}
+    done = {key(each): each for each in [row("adamw", 0, ""), *table[report.REFERENCE], *table["hf-default"]]}
+    assert report.steps_table({"t": table}, done).splitlines()[2:] == ["| hf-default | 120 |"]
+    table[report.REFERENCE] = [row("adamw", 1, falling)]
+    assert "| adamw, best of sweep | 120 (200) |" in report.steps_table({"t": table}, done)
+    assert report.steps_table({"t": {"hf-default": table["hf-default"]}}, done) is None
 
 
 def test_a_crash_and_a_dying_process_are_rows_and_stop_nothing(tmp_path):
@@ -227,6 +338,13 @@ def test_an_unfinished_line_is_dropped(tmp_path):
     ("options", "told"),
     [
         (("--tasks", "digit-mlp"), "--tasks digit-mlp: no such name. Known: digits-mlp"),
+        (("--tasks", "digits-mlp@batch=0"), "--tasks digits-mlp@batch=0: batch=0 is invalid: give a whole number above 0"),
+        (
+            ("--tasks", "digits-mlp@labels=2"),
+            "--tasks digits-mlp@labels=2: labels=2 is invalid: give a number above 0, up to 1",
+        ),
+        (("--tasks", "digits-mlp@colour=1"), "--tasks digits-mlp@colour=1: digits-mlp has no colour to vary. After @: batch,"),
+        (("--study", "noise", "--tasks", "beale"), "--tasks beale@labels=0.2: beale has no labels to vary"),
         (("--optimizers", "adam2"), "--optimizers adam2: no such name. Known: elra_adamw"),
         (("--seeds", "0"), "--seeds 0 is invalid: give a number >= 1"),
     ],
@@ -291,3 +409,88 @@ def test_rates_of_ones_own(tmp_path, capsys):
     main([*options, "--workers", "1", "--results", str(path)])
     assert [row["rate"] for row in read(path)] == ["0.001", "0.01"]
     assert "2 rows in" in capsys.readouterr().out
+
+
+def test_batches_of_a_varied_task():
+    varied = find("digits-mlp@batch=4")
+    assert varied.steps == TASKS["digits-mlp"].steps
+    assert len(next(varied.build(1).batches)[1]) == 4
+    too_many = measure(Run("digits-mlp@batch=5000", "adamw", "linear", "0.001", 1, 2))
+    assert too_many["error"] == "ValueError: batch=5000 is more than the 1257 rows to train on: give a smaller one"
+
+
+def test_random_labels_are_a_share_of_the_training_labels_only():
+    _, labels = digits()
+
+    def trained_on(name: str, seed: int) -> torch.Tensor:
+        """Pixels and label of each training row, in one order."""
+        batches = find(name).build(seed).batches
+        rows = [torch.cat([x, y[:, None]], 1) for x, y in (next(batches) for _ in range(len(split(len(labels))[0]) // 32))]
+        return torch.cat(rows)
+
+    clean, noisy, again = (trained_on(name, 1) for name in ("digits-mlp", *["digits-mlp@labels=0.4"] * 2))
+    assert torch.equal(noisy, again)
+    assert torch.equal(clean[:, :-1], noisy[:, :-1])
+    changed = (clean[:, -1] != noisy[:, -1]).double().mean().item()
+    assert changed == pytest.approx(0.4 * 0.9, abs=0.04)  # one in ten draws its own class
+    assert not torch.equal(noisy, trained_on("digits-mlp@labels=0.4", 2))
+    for part in ("validation", "test"):
+        pairs = zip(*(find(name).build(1).splits[part] for name in ("digits-mlp", "digits-mlp@labels=0.4")), strict=True)
+        assert all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+def test_gradient_noise_has_the_size_that_is_asked_for_and_no_direction():
+    def gradients(name: str, seed: int, count: int) -> torch.Tensor:
+        """Of the first layer, on the same batch each time, one a row."""
+        problem = find(name).build(seed)
+        batch, found = next(problem.batches), []
+        for _ in range(count):
+            problem.model.zero_grad()
+            problem.loss(problem.model, batch).backward()
+            found.append(problem.model[0].weight.grad.flatten().clone())
+        return torch.stack(found)
+
+    (clean,) = gradients("digits-mlp", 1, 1)
+    noisy = gradients("digits-mlp@gradient=2", 1, 50)
+    assert torch.equal(noisy, gradients("digits-mlp@gradient=2", 1, 50))
+    sizes = (noisy - clean).norm(dim=1) / clean.norm()
+    torch.testing.assert_close(sizes, torch.full_like(sizes, 2.0), rtol=0.1, atol=0.0)
+    assert (noisy.mean(0) - clean).norm() / clean.norm() == pytest.approx(2 / 50**0.5, rel=0.1)
+    same = (measure(Run(name, "adamw", "linear", "0.001", 1, 1)) for name in ("digits-mlp", "digits-mlp@gradient=2"))
+    assert len({row["start_loss"] for row in same}) == 1  # evaluating is without noise
+
+
+def test_a_study_of_batch_sizes_and_its_report(tmp_path):
+    path = tmp_path / "batch-sizes.csv"
+    options = ("--tasks", "digits-mlp", "--optimizers", "elra_c2min", "adamw", "--seeds", "1", "--steps", "4", "--workers", "1")
+    main(["--study", "batch-sizes", *options, "--results", str(path)])
+    sizes = [f"batch={size}" for size in (4, 16, 64, 256)]
+    rows = read(path)
+    assert {row["task"] for row in rows} == {f"digits-mlp@{size}" for size in sizes}
+    for task in {row["task"] for row in rows}:  # a sweep and a choice for each size
+        assert len([row for row in rows if row["task"] == task and row["optimizer"] == "adamw" and row["seed"] == "0"]) >= 6
+    text = report.report(path)
+    assert "| optimizer | " + " | ".join(sizes) + " |" in text
+    assert "| adamw, best of sweep |" + " 1.000 |" * 4 in text
+    lacking = text.split("## Missing")[1]
+    assert "mnist-cnn@batch=256" in lacking
+    assert "sgd-momentum" not in lacking
+
+
+def test_texts_by_length_are_the_same_texts():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (130,), generator=generator)
+    mask = (torch.arange(8) < lengths[:, None]).long()
+    batch = (torch.randint(1, 99, (130, 8), generator=generator) * mask, mask, torch.arange(130))
+    sorted_batches = by_length([tuple(t[:100] for t in batch), tuple(t[100:] for t in batch)])
+    assert sum(len(labels) for *_, labels in sorted_batches) == 130
+    for ids, kept, labels in sorted_batches:
+        assert ids.shape == kept.shape == (len(labels), int(lengths[labels].max()))
+        assert torch.equal(torch.nn.functional.pad(ids, (0, 8 - ids.shape[1])), batch[0][labels])
+
+
+def test_make_bench_installs_the_packages_that_optimizers_name():
+    makefile = (ROOT / "Makefile").read_text()
+    packages = {declared.package for declared in OPTIMIZERS.values() if "==" in declared.package}
+    assert len(packages) == 4
+    assert all(package in makefile for package in packages)
