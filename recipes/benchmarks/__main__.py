@@ -1,21 +1,27 @@
-"""``python -m recipes.benchmarks run …`` measures, ``python -m recipes.benchmarks report …`` writes tables and pictures."""
+"""The bench's commands; each lists its options with ``--help``."""
 
+import importlib
 import sys
 
-USAGE = "usage: python -m recipes.benchmarks {run,report} [OPTIONS]; --help after either lists its options"
+COMMANDS = {
+    "run": ("run", "measure tasks x optimizers, a row a run"),
+    "report": ("report", "tables and pictures of these rows"),
+    "paper": ("paper", "the paper's own experiments, rows and report"),
+    "questions": ("studies", "the paper's open questions, rows and report"),
+}
+USAGE = "usage: python -m recipes.benchmarks COMMAND [OPTIONS]; --help after a command lists its options\n\n" + "\n".join(
+    f"  {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items()
+)
 
 
 def main() -> None:
     """Hand the rest of the command line to the subcommand."""
-    if sys.argv[1:2] == ["run"]:
-        from recipes.benchmarks import run as command
-    elif sys.argv[1:2] == ["report"]:
-        from recipes.benchmarks import report as command
-    else:
-        wanted = sys.argv[1:2] in (["-h"], ["--help"])
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        wanted = name in ("-h", "--help")
         print(USAGE, file=sys.stdout if wanted else sys.stderr)
         sys.exit(0 if wanted else 2)
-    command.main(sys.argv[2:])
+    importlib.import_module(f"recipes.benchmarks.{COMMANDS[name][0]}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":  # workers import this file, too
