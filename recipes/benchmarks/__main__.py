@@ -8,6 +8,7 @@ COMMANDS = {
     "report": ("report", "tables and pictures of these rows"),
     "paper": ("paper", "the paper's own experiments, rows and report"),
     "questions": ("studies", "the paper's open questions, rows and report"),
+    "cosines": ("cosines", "what a rate rule can see along fixed rates"),
 }
 USAGE = "usage: python -m recipes.benchmarks COMMAND [OPTIONS]; --help after a command lists its options\n\n" + "\n".join(
     f"  {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items()
