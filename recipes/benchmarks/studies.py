@@ -42,6 +42,7 @@ class Exponential:
     gain: float = 0.5
     needs: ClassVar[frozenset[str]] = C2Min.needs
     relative: ClassVar[bool] = False
+    votes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_gain(self.gain, below=math.inf)
@@ -66,6 +67,7 @@ class Norms:
     gain: float = 0.5
     needs: ClassVar[frozenset[str]] = C2Min.needs
     relative: ClassVar[bool] = False
+    votes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_gain(self.gain, below=1.0)
