@@ -55,12 +55,12 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PYTHON) -m venv .venv-tf4
 	grep -vE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt > .venv-tf4/constraints.txt
 	.venv-tf4/bin/python -m pip install --quiet --constraint .venv-tf4/constraints.txt --editable ".[transformers]" \
-		transformers==4.57.6 peft pytest pytest-timeout pytest-xdist tensorboard
+		transformers==4.57.6 peft pytest pytest-rerunfailures pytest-timeout pytest-xdist tensorboard
 	touch $@
 
 .venv-ds/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ds
-	.venv-ds/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]" pytest pytest-timeout
+	.venv-ds/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]" pytest pytest-rerunfailures pytest-timeout
 	.venv-ds/bin/python -m pip install --quiet setuptools wheel
 	# its setup imports the torch that is installed; no operators are compiled
 	DS_BUILD_OPS=0 .venv-ds/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8

@@ -36,11 +36,7 @@ def test_the_script_does_not_know_us():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_an_unmodified_script_trains(launcher, tmp_path):
-    for _ in range(3):
-        done = launch(LAUNCHERS[launcher], *options(tmp_path))
-        # gloo may abort a rank at its exit, after all is done and saved, on a busy machine
-        if "terminate called without an active exception" not in done.stderr + done.stdout:
-            break
+    done = launch(LAUNCHERS[launcher], *options(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     history = [e for e in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "loss" in e]
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
