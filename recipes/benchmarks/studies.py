@@ -53,24 +53,12 @@ class Exponential:
         return alpha * torch.exp(self.gain * cos), cos
 
 
-@dataclass(frozen=True)
-class Norms:
+class Norms(C2Min):
     """α_t = α_{t-1} (1 + gain·c_t·min(1, ‖G_t‖/‖G_{t-1}‖)). Source: ours.
 
     c·‖G_t‖/‖G_{t-1}‖ is what p2min's 1/(1 - q) begins with: along a parabola a gradient that is gone after the step says that
     the rate was right, whatever the angle. The cap keeps c2min's bound on the factor.
-
-    Args:
-        gain: in (0, 1).
     """
-
-    gain: float = 0.5
-    needs: ClassVar[frozenset[str]] = C2Min.needs
-    relative: ClassVar[bool] = False
-    votes: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_gain(self.gain, below=1.0)
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         """Return the next rate and the cosine."""

@@ -78,10 +78,10 @@ def adamw(
     alpha0: float = 1e-5,
     betas=(0.9, 0.999),
     eps: float = 1e-8,
-    parts: int = 2,
+    parts: int | list[int] = 2,
     schedule: Callable[[int], float] = lambda t: 1.0,
 ):
-    """The vector is cut into ``parts`` tensors, each with a vote; step t moves ``schedule(t)`` ≤ 1 times as far as α says."""
+    """The vector is cut into ``parts`` tensors, or at these places; each has a vote. Step t moves α·``schedule(t)``, ≤ α."""
     beta1, beta2 = betas
     x, scale = np.array(x0, dtype=np.float64), np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
     tensors = np.array_split(np.arange(len(x)), parts)

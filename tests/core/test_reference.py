@@ -14,6 +14,7 @@ METHODS = {
     "p2min": (ElraP2Min, ref.p2min, {}),
     "p2min-plain": (ElraP2Min, ref.p2min, {"betas": (0.0, 0.0)}),
     "adamw": (ElraAdamW, ref.adamw, {}),
+    "adamw-uneven": (ElraAdamW, ref.adamw, {"parts": [1, 3]}),  # tensors whose votes do not weigh the same
     "adamw-scheduled": (ElraAdamW, ref.adamw, {"schedule": lambda t: min(t / 20, 1.0) * (1 - t / 201)}),
 }
 X0 = {
@@ -28,10 +29,11 @@ GRADIENTS = {
 }
 
 
-def run(cls, options, gradient, x0, steps, dtype, parts=2):
-    """Drive ``cls`` with given gradients, the vector cut into ``parts`` parameters; x and α of every step."""
+def run(cls, options, gradient, x0, steps, dtype):
+    """Drive ``cls`` with given gradients, the vector cut into two parameters or at ``parts``; x and α of every step."""
+    parts = options.get("parts", 2)
     params = [torch.tensor(part, dtype=dtype, requires_grad=True) for part in np.array_split(x0, parts)]
-    optimizer = cls(params, **{name: value for name, value in options.items() if name != "schedule"})
+    optimizer = cls(params, **{name: value for name, value in options.items() if name not in ("schedule", "parts")})
     schedule = options.get("schedule", lambda t: 1.0)  # of steps 1, 2, …
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda taken: schedule(taken + 1))
     xs, alphas = [], []

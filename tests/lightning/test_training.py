@@ -154,7 +154,7 @@ class Gan(LightningModule):
         torch.manual_seed(5)
         self.generator = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 6))
         self.discriminator = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
-        self.alphas = []
+        self.alphas, self.cosines = [], []
 
     def configure_optimizers(self):
         return ElraAdamW(self.generator.parameters(), lr=1e-3), ElraC2Min(self.discriminator.parameters(), lr=1e-3)
@@ -173,6 +173,7 @@ class Gan(LightningModule):
             # each step moves the parameters of its own optimizer alone
             assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [False, index == 0]
         self.alphas.append([float(optimizer.param_groups[0]["alpha"]) for optimizer in self.optimizers()])
+        self.cosines.append(float(self.optimizers()[0].param_groups[0]["cos"]))
 
     def _fool(self, real, fake):
         return nn.functional.softplus(-self.discriminator(fake)).mean()
@@ -187,7 +188,8 @@ def test_two_optimizers_adapt_apart():
     trainer(max_epochs=2).fit(module, loader())
     generator, discriminator = zip(*module.alphas, strict=True)
     assert generator != discriminator
-    assert len(set(generator)) > 8  # it meets its highest rate
+    assert len(set(generator)) > 8  # it meets its highest rate, and goes on measuring
+    assert len(set(module.cosines)) > 20
     assert len(set(discriminator)) > 10
 
 
