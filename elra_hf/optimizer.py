@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .bucket import Bucket
 from .directions import Direction, dots, log_sizes
 from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
-from .rules import Rule
+from .rules import STRAIGHT, TREND_MEMORY, Rule
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 Scope = Literal["global", "group", "tensor"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
 
-# A gradient this many times longer than the one before is taken for an explosion: a run with growth limit 2 cannot reach
-# it in one step on a quadratic before the rate has passed the edge of stability.
+# A gradient this many times longer than the longest of late is taken for an explosion: a run with growth limit 2 cannot reach
+# it in one step on a quadratic before the rate has passed the edge of stability. Not than the one before: where most of the
+# data are learnt, one batch in twenty has a gradient that is ten times as long as that of the others, and a restart for each
+# brought the rate down to its lower bound (measured on the nets for digits).
 NORM_EXPLOSION = 10.0
+# What is left of that longest gradient's square after a step.
+NORM_MEMORY = 0.98
 # A loss this many times the best one, and above the first one, is taken for an explosion. Source: the method's authors (25).
 LOSS_EXPLOSION = 25.0
 # The largest η·weight_decay of a step. Where gradients vanish, as on separable data, α grows until this alone would
@@ -40,6 +44,8 @@ SCALARS = {
     "clamps": 0.0,
     "steps": 0.0,
     "clock": 0.0,
+    "trend": 0.0,
+    "longest": 0.0,
     "scale": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,
@@ -67,8 +73,9 @@ class Elra(Optimizer):
     multiplies, and never touches α. Every group carries the same public state, 0-dim tensors:
     ``group["alpha"]`` (α_t; under scope "tensor" the geometric mean of the group's), ``group["cos"]`` (the cosine the rule
     saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["steps"]`` (taken so far),
-    ``group["multiplier"]`` (lr / α_0 of the last step); and where the rule asks for them, ``group["peak"]`` (the highest
-    multiplier so far), ``group["clock"]`` (steps, less where the schedule held the rate down) and ``group["scale"]``
+    ``group["multiplier"]`` (lr / α_0 of the last step), ``group["peak"]`` (the highest so far), ``group["clock"]`` (steps or
+    overshoots, less where the schedule held the rate down), ``group["trend"]`` (of steps that stop short, 1, and
+    overshoot, -1), ``group["longest"]`` (square of the longest gradient of late) and, for relative rules, ``group["scale"]``
     (typical size of a weight at the start).
 
     ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
@@ -282,22 +289,22 @@ class Elra(Optimizer):
         square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
-        if self.rule.relative:
-            weights = self._weights()
-            dots = self._survey(total, needs, weights)
-        else:
-            dots = dict(zip(needs, total.unbind(1), strict=False))
+        weights = self._weights()
+        dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, total.unbind(1), strict=False))
+        clocks = self._of_cells([group["clock"] for group in self.param_groups])
+        dots |= {"clock": clocks, "weight": self._of_cells(weights)}
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
         bad = ~torch.isfinite(square)
         shrink = torch.full_like(square, self.restart_factor)
+        present = [group for group in self.param_groups if not self._absent(group)] or self.param_groups
+        longest = present[0]["longest"]
         if "pp" in dots:
-            growth = (dots["gg"].sum() / dots["pp"].sum()).sqrt()
-            exploded = growth.isfinite() & (growth > NORM_EXPLOSION)
+            exploded = (dots["pp"].sum() > 0) & torch.isfinite(square) & (square > NORM_EXPLOSION**2 * longest)
             bad = bad | exploded
-            # so that a step along the new gradient is no longer than the last one was
-            shrink = torch.where(exploded, torch.minimum(shrink, 1.0 / growth), shrink)
+            # so that a step along the new gradient is no longer than one along the longest was
+            shrink = torch.where(exploded, torch.minimum(shrink, (longest / square).sqrt()), shrink)
         if loss is not None:
             bad = bad | self._exploded(loss)
         taken = some & ~bad
@@ -336,16 +343,33 @@ class Elra(Optimizer):
             step.copy_(count)
         self._publish(params, bounded, cos, taken)
         clamps = (bounded != adapted).any()
+        longest = torch.where(taken, torch.maximum(NORM_MEMORY * longest, square), longest)
         for index, (group, multiplier) in enumerate(zip(self.param_groups, multipliers, strict=True)):
             if self._absent(group):
                 continue
+            self._tick(index, dots, weights[index], taken, bad)
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
             group["steps"] = group["steps"] + taken
-            if self.rule.relative:
-                group["clock"] = group["clock"] + taken * weights[index]
-                group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
+            group["longest"] = longest
+            group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
+
+    def _tick(self, index: int, dots: dict[str, Tensor], weight: Tensor, taken: Tensor, bad: Tensor) -> None:
+        """Let the clock of a group count the step; see `Clock`."""
+        group = self.param_groups[index]
+        if self.rule.clock == "steps":
+            group["clock"] = group["clock"] + taken * weight
+            return
+        end, moved = (self._sum_of(dots[name], index) for name in ("gd", "pp"))
+        trend = torch.where(moved > 0, TREND_MEMORY * group["trend"] + (1.0 - TREND_MEMORY) * end.sign(), group["trend"])
+        clock = torch.where(trend < 0, group["clock"] + weight, torch.where(trend < STRAIGHT, group["clock"], 0.0))
+        for name, value in (("trend", trend), ("clock", clock)):
+            group[name] = torch.where(bad, 0.0, torch.where(taken, value, group[name]))
+
+    def _sum_of(self, cells: Tensor, index: int) -> Tensor:
+        """Of one number a cell, the sum over those of a group."""
+        return self._by_group(cells)[index].sum() if self.scope == "tensor" else cells[self._cell(index, 0)]
 
     def _cell(self, group: int, member: int) -> int:
         """Where the rate of a parameter stands in the vector of rates, under the scope."""
@@ -448,7 +472,7 @@ class Elra(Optimizer):
         """Whether products are kept apart by tensor. The slices of FSDP1 and ZeRO are none."""
         return self.scope == "tensor" or (self.rule.votes and self.process_group is None)
 
-    def _survey(self, total: Tensor, needs: tuple[str, ...], weights: list[Tensor]) -> dict[str, Tensor]:
+    def _survey(self, total: Tensor, needs: tuple[str, ...]) -> dict[str, Tensor]:
         """What a relative rule gets: products and ``size`` of each cell's voters, and what is known of the run."""
         self._note_scale(total[:, len(needs) + 1 : len(needs) + 3])
         size = torch.ones_like(total[:, 0])
@@ -456,8 +480,7 @@ class Elra(Optimizer):
             # as arguments of a kernel: a tensor made from a list would wait for the device
             torch._foreach_mul_(list(size.unbind()), [p.numel() for group in self.param_groups for p in group["params"]])
         dots = {name: self._voters(total[:, i]) for i, name in enumerate(needs)} | {"size": self._voters(size)}
-        of_run = {name: [group[name] for group in self.param_groups] for name in ("scale", "steps", "clock")}
-        return dots | {name: self._of_cells(values) for name, values in {**of_run, "weight": weights}.items()}
+        return dots | {name: self._of_cells([group[name] for group in self.param_groups]) for name in ("scale", "steps")}
 
     def _by_group(self, rows: Tensor) -> list[Tensor]:
         """The rows of each group's parameters, of something with a row a tensor."""
@@ -473,16 +496,18 @@ class Elra(Optimizer):
         """How much the last step of each group says about the schedule's full rate, in [0, 1]; 0 before there was a step.
 
         In a warm-up the share of the full lr that was reached. In a decay less: nothing below half of the highest lr so far,
-        since smaller steps make cosines rise, and a rule that answered would undo the decay. Under scope "global" the
-        weight of the group that has most.
+        since smaller steps make cosines rise, and a rule that answered would undo the decay. Before the first overshoot a rule
+        that counts them is still on its way up, and a decay, which may be all there is of a short run, takes nothing from it.
+        Under scope "global" the weight of the group that has most.
         """
         weights = []
         for group in self.param_groups:
             multiplier, peak = group["multiplier"], group["peak"]
-            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0)
             full = group.get("max_lr", group.get("initial_lr"))  # where torch's schedulers keep it
-            if full is not None:
-                weight = weight * (multiplier * group["alpha0"] / full).clamp(max=1.0)
+            full = multiplier if full is None else full / group["alpha0"]
+            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
+            if self.rule.clock == "overshoots":
+                weight = torch.where(group["clock"] > 0, weight, (peak / full).clamp(max=1.0))
             weights.append(weight.nan_to_num(0.0))
         return [torch.stack(weights).max()] * len(weights) if self.scope == "global" else weights
 

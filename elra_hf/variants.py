@@ -25,6 +25,8 @@ class ElraC2Min(Elra):
         lr: the first rate α_0 > 0. The rate leaves it within a few dozen steps; there is no need to tune it.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
+        horizon: overshoots after which half of the gain is gone, > 0. math.inf: it stays, as in the paper; such a rate
+            oscillates and drifts where gradients are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
@@ -45,6 +47,7 @@ class ElraC2Min(Elra):
         *,
         betas: tuple[float, float] = (0.8, 0.7),
         gain: float | tuple[float, float] = 0.5,
+        horizon: float = 2.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
         bounds: tuple[float, float] = (1e-8, 1e6),
@@ -57,7 +60,7 @@ class ElraC2Min(Elra):
         super().__init__(
             params,
             Momentum(betas),
-            C2Min(gain),
+            C2Min(gain, horizon),
             lr=lr,
             weight_decay=weight_decay,
             scope=scope,
@@ -80,6 +83,8 @@ class ElraP2Min(Elra):
         lr: the first rate α_0 > 0. The rate leaves it within a few steps; there is no need to tune it.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         growth_limit: largest factor on the rate in one step, > 1.
+        horizon: overshoots after which the factor is but its square root, > 0. math.inf: it stays, as in the paper; such a rate
+            dies where gradients are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
@@ -100,6 +105,7 @@ class ElraP2Min(Elra):
         *,
         betas: tuple[float, float] = (0.8, 0.7),
         growth_limit: float = 2.0,
+        horizon: float = 1.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
         bounds: tuple[float, float] = (1e-8, 1e6),
@@ -112,7 +118,7 @@ class ElraP2Min(Elra):
         super().__init__(
             params,
             Momentum(betas),
-            P2Min(growth_limit),
+            P2Min(growth_limit, horizon),
             lr=lr,
             weight_decay=weight_decay,
             scope=scope,

@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from elra_hf import Adam, Elra
-from elra_hf.rules import Dots, cosine, weighted_median
+from elra_hf.rules import Clock, Dots, cosine, weighted_median
 
 from .cells import markdown
 from .optimizers import half_decade, nearest
@@ -34,6 +34,7 @@ class Fixed:
     seen: list[tuple[float, float]] = field(default_factory=list)
     votes: ClassVar[bool] = True
     relative: ClassVar[bool] = True
+    clock: ClassVar[Clock] = "steps"
     needs: ClassVar[frozenset[str]] = frozenset({"gg", "gd", "dd"})
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from elra_hf import C2Min, Elra, Momentum, P2Min
-from elra_hf.rules import Dots, check_gain, cosine
+from elra_hf.rules import Clock, Dots, check_gain, cosine
 from recipes.sweep import Row
 
 from .cells import geometric_mean, markdown, mean, ratio, spread
@@ -42,6 +42,7 @@ class Exponential:
     gain: float = 0.5
     needs: ClassVar[frozenset[str]] = C2Min.needs
     relative: ClassVar[bool] = False
+    clock: ClassVar[Clock] = "overshoots"
     votes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class Norms(C2Min):
         return alpha * (1.0 + self.gain * cos * norms.clamp(max=1.0)), cos
 
 
+PAPER = C2Min(horizon=math.inf)  # never settles
+
 # ---- β1 and β2 -------------------------------------------------------------------------------------------------------------
 
 MOST = 0.98  # β1 and β2 at a cosine of 1
@@ -87,7 +90,7 @@ class AdaptedBetas(Elra):
     """
 
     def __init__(self, params: Any, *, adapt: tuple[str, ...], **options: Any) -> None:
-        super().__init__(params, Momentum(), C2Min(), **options)
+        super().__init__(params, Momentum(), PAPER, **options)
         self.adapt = adapt
         self.smooth = 0.0
 
@@ -120,18 +123,20 @@ def momentum(rule: Any, betas: tuple[float, float] = Momentum().betas) -> Optimi
 
 BASE = "c2min"  # constant gain 0.5, betas 0.8 and 0.7: as the paper has it
 GROWTH = {
-    BASE: momentum(C2Min()),
-    "pair 0.5 0.6": momentum(C2Min((0.5, 0.6))),
+    BASE: momentum(PAPER),
+    "pair 0.5 0.6": momentum(C2Min((0.5, 0.6), horizon=math.inf)),
     "exponential 0.5": momentum(Exponential(0.5)),
     "norms 0.5": momentum(Norms(0.5)),
-    "p2min": momentum(P2Min()),
+    "p2min": momentum(P2Min(horizon=math.inf)),
+    "c2min, settling": momentum(C2Min()),
+    "p2min, settling": momentum(P2Min()),
 }
 BETAS = {
     BASE: GROWTH[BASE],
-    "β 0 0": momentum(C2Min(), (0.0, 0.0)),
-    "β 0.5 0.5": momentum(C2Min(), (0.5, 0.5)),
-    "β 0.9 0.9": momentum(C2Min(), (0.9, 0.9)),
-    "β 0.98 0.9": momentum(C2Min(), (0.98, 0.9)),
+    "β 0 0": momentum(PAPER, (0.0, 0.0)),
+    "β 0.5 0.5": momentum(PAPER, (0.5, 0.5)),
+    "β 0.9 0.9": momentum(PAPER, (0.9, 0.9)),
+    "β 0.98 0.9": momentum(PAPER, (0.98, 0.9)),
     "β1 adapted": pieces("recipes.benchmarks.studies:AdaptedBetas", adapt=("β1",)),
     "β1 and β2 adapted": pieces("recipes.benchmarks.studies:AdaptedBetas", adapt=("β1", "β2")),
 }
@@ -354,7 +359,8 @@ def report_growth(done: Done, _: Path) -> str:
         "- pair 0.5 0.6: 1 + c/2 where c < 0, else 1 + 0.6 c\n"
         "- exponential 0.5: exp(c/2)\n"
         "- norms 0.5: 1 + c/2·min(1, ‖G_t‖/‖G_{t-1}‖)\n"
-        "- p2min: 1/(1 - q), at most 2; q is the slope at the end of the last step over that at its start\n\n"
+        "- p2min: 1/(1 - q), at most 2; q is the slope at the end of the last step over that at its start\n"
+        "- settling: the share 1 / (1 + n/2) of c2min's gain, 1 / (1 + n) of p2min's exponent, after n overshoots\n\n"
         f"{OF_TASKS}\n\n{variant_tables(tuple(GROWTH), done)}"
     )
 

@@ -17,53 +17,70 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
     return min(max(alpha, low), high)
 
 
-def exploded(g: np.ndarray, g_prev: np.ndarray) -> bool:
-    return bool(np.linalg.norm(g) > 10.0 * np.linalg.norm(g_prev) > 0.0)
+def weight(overshoots: float, share: float, peak: float) -> float:
+    """Of a step that moved ``share`` of the full rate, where ``peak`` is the largest share so far."""
+    return share * max(2 * share / peak - 1, 0) if overshoots else peak
 
 
-def momentum_method(adapt, gradient: Gradient, x0, steps: int, alpha0: float, betas, restart: float = 1 / 3):
-    """x, α of a method with quasi-hyperbolic momentum; ``adapt(alpha, g, g_prev, d_prev)`` is its rule."""
+def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
+    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, power)`` is its rule, less as it settles.
+
+    Step t moves α·``schedule(t)``, ≤ α.
+    """
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
     g_prev = m = d_prev = None
+    overshoots, trend, longest, share, peak = 0.0, 0.0, 0.0, 0.0, 0.0
     xs, alphas = [], []
-    for t in range(steps):
-        g = np.asarray(gradient(t, x), dtype=np.float64)
-        if g_prev is not None and exploded(g, g_prev):
-            x = x + alpha * d_prev
-            alpha = clamp(alpha * min(restart, np.linalg.norm(g_prev) / np.linalg.norm(g)))
-            g_prev = None
+    for t in range(1, steps + 1):
+        g = np.asarray(gradient(t - 1, x), dtype=np.float64)
+        size = np.linalg.norm(g)
+        if g_prev is not None and size > 10.0 * longest:
+            x = x + alpha * share * d_prev
+            alpha = clamp(alpha * min(1 / 3, longest / size))
+            g_prev, overshoots, trend, share = None, 0.0, 0.0, 0.0
         else:
             if g_prev is None:
                 m = d = g
             else:
-                alpha = clamp(adapt(alpha, g, g_prev, d_prev))
+                w = weight(overshoots, share, peak)
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, w / (1 + overshoots / horizon)))
+                if share > 0:
+                    trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
+                overshoots = overshoots + w if trend < 0 else overshoots if trend < 0.95 else 0.0
                 m = beta1 * m + (1 - beta1) * g_prev
                 d = (1 - beta2) * g + beta2 * m
-            x = x - alpha * d
+            share = schedule(t)
+            peak = max(peak, share)
+            x = x - alpha * share * d
             g_prev, d_prev = g, d
+            longest = max(np.sqrt(0.98) * longest, size)
         xs.append(x.copy())
         alphas.append(alpha)
     return np.array(xs), np.array(alphas)
 
 
-def c2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5)):
-    def adapt(alpha, g, g_prev, d_prev):
+def constant(t: int) -> float:
+    return 1.0
+
+
+def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
+    def factor(g, g_prev, d_prev, share):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
-        return alpha * (1 + (gain[0] if c < 0 else gain[1]) * c)
+        return 1 + share * (gain[0] if c < 0 else gain[1]) * c
 
-    return momentum_method(adapt, gradient, x0, steps, alpha0, betas)
+    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
 
-def p2min(gradient: Gradient, x0, steps: int, alpha0: float = 1e-5, betas=(0.8, 0.7), growth_limit: float = 2.0):
-    def adapt(alpha, g, g_prev, d_prev):
+def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
+    def factor(g, g_prev, d_prev, share):
         start, end = g_prev @ d_prev, g @ d_prev
         if start <= 0:
-            return alpha
+            return 1.0
         q = end / start
-        return alpha / (1 - q) if 1 - q > 1 / growth_limit else alpha * growth_limit
+        return (1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit) ** share
 
-    return momentum_method(adapt, gradient, x0, steps, alpha0, betas)
+    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
@@ -79,7 +96,7 @@ def adamw(
     betas=(0.9, 0.999),
     eps: float = 1e-8,
     parts: int | list[int] = 2,
-    schedule: Callable[[int], float] = lambda t: 1.0,
+    schedule: Callable[[int], float] = constant,
 ):
     """The vector is cut into ``parts`` tensors, or at these places; each has a vote. Step t moves α·``schedule(t)``, ≤ α."""
     beta1, beta2 = betas

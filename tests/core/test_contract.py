@@ -342,18 +342,63 @@ def test_an_explosion_takes_the_last_step_back(cls, decay):
         x.grad = torch.tensor(g, dtype=torch.float64)
         optimizer.step()
     alpha = optimizer.param_groups[0]["alpha"].item()
-    x.grad = torch.tensor([-30.0, 50.0], dtype=torch.float64)  # more than ten times as long as the last one
+    x.grad = torch.tensor([-30.0, 50.0], dtype=torch.float64)  # more than ten times as long as the longest
     optimizer.step()
     assert torch.allclose(x.detach(), before, rtol=1e-12)
     group = optimizer.param_groups[0]
     assert group["restarts"].item() == 1
-    lowered = alpha * math.hypot(0.8, 0.4) / math.hypot(30.0, 50.0)  # a step of the last one's length, along the new gradient
+    longest = 0.98 * math.hypot(1.0, 0.5)  # two steps ago
+    lowered = alpha * longest / math.hypot(30.0, 50.0)  # a step of that one's length, along the new gradient
     assert group["alpha"].item() == pytest.approx(lowered)
     x.grad = torch.tensor([1.0, 1.0], dtype=torch.float64)
     optimizer.step()  # a first step again: along the gradient alone, α as it is
     assert group["alpha"].item() == pytest.approx(lowered)
     shrunk = before * math.exp(-lowered * decay)
     assert torch.allclose(x.detach(), shrunk - lowered * x.grad, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_long_gradient_now_and_then_is_no_explosion(cls):
+    """Where most data are learnt, one batch in a few has all of the gradient that is left."""
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x], lr=1e-2)
+    for t in range(60):
+        x.grad = torch.tensor([1.0, (-1.0) ** t], dtype=torch.float64) * (1.0 if t % 10 == 0 else 0.01)
+        optimizer.step()
+    assert optimizer.param_groups[0]["restarts"].item() == 0
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_the_rate_settles_with_the_overshoots(cls):
+    """A cosine that is noise moves log α less and less; without it, as before an overshoot, the rule is the paper's."""
+    rng = torch.Generator().manual_seed(0)
+    drifts = []
+    for horizon in (cls([X]).rule.horizon, math.inf):
+        x = torch.zeros(50, requires_grad=True)
+        optimizer = cls([x], lr=1.0, horizon=horizon)
+        alphas = []
+        for _ in range(1000):
+            x.grad = torch.randn(50, generator=rng)
+            optimizer.step()
+            alphas.append(optimizer.param_groups[0]["alpha"].log().item())
+        drifts.append(max(alphas[200:]) - min(alphas[200:]))
+        assert (optimizer.param_groups[0]["clock"] > 300).item()
+    assert drifts[0] < 0.3
+    assert drifts[1] > 1.0
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_steps_without_an_overshoot_start_the_clock_anew(cls):
+    x = torch.zeros(3, requires_grad=True)
+    optimizer = cls([x], lr=1e-3)
+    clocks = []
+    for sign in [1, -1, 1, -1, 1, -1, 1, -1] + [1] * 24:
+        x.grad = torch.tensor([1.0, 0.5, 0.2]) * sign
+        optimizer.step()
+        clocks.append(optimizer.param_groups[0]["clock"].item())
+    assert max(clocks) >= 3
+    assert clocks[15] > 0
+    assert clocks[-1] == 0
 
 
 @every
@@ -509,6 +554,8 @@ X = torch.ones(2, requires_grad=True)
         (lambda: ElraC2Min([X], betas=(0.8, 1.0)), r"betas=\(0.8, 1.0\).*\[0, 1\)"),
         (lambda: ElraC2Min([X], betas=0.8), r"betas=0.8"),
         (lambda: ElraC2Min([X], gain=1.5), r"gain=1.5.*\(0, 1\)"),
+        (lambda: ElraC2Min([X], horizon=0.0), r"horizon=0.0.*positive.*math.inf"),
+        (lambda: ElraP2Min([X], horizon=float("nan")), r"horizon=nan.*positive"),
         (lambda: ElraC2Min([X], gain=(0.5, -0.1)), r"gain=\(0.5, -0.1\)"),
         (lambda: ElraC2Min([X], gain=(0.1, 0.2, 0.3)), r"gain=.*pair"),
         (lambda: ElraP2Min([X], growth_limit=1.0), r"growth_limit=1.0.*above 1"),

@@ -58,7 +58,7 @@ def test_two_processes_equal_one(launcher, options, alone, tmp_path):
     for name, folder in finish(LAUNCHERS[launcher], options, tmp_path, 4).items():
         ours, truth = steps(folder), steps(alone[name])
         assert len(ours) == len(truth) == 5
-        assert len({row[2] for row in truth}) >= 4, "the rate hardly moved: agreement would mean little"
+        assert len({row[2] for row in truth}) >= 3, "the rate hardly moved: agreement would mean little"
         for mine, theirs in zip(ours, truth, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         mine, theirs = (json.loads((each / "all_results.json").read_text()) for each in (folder, alone[name]))

@@ -209,7 +209,7 @@ def test_the_trainers_own_options_reach_it_too(tmp_path):
 @pytest.mark.parametrize(
     ("optim", "text", "message"),
     [
-        ("elra_c2min", "gian=0.3", r"unknown key 'gian'.*did you mean 'gain'.*valid keys are betas, gain, scope"),
+        ("elra_c2min", "gian=0.3", r"unknown key 'gian'.*did you mean 'gain'.*valid keys are betas, gain, horizon, scope"),
         ("elra_c2min", "growth_limit=3", r"unknown key 'growth_limit' .*ElraC2Min.*valid keys"),
         ("elra_c2min", "gain", r"'gain' has no value"),
         ("elra_c2min", "gain=much", r"gain=much.*wrong type.*a number or \(a number, a number\)"),
