@@ -289,10 +289,10 @@ class Elra(Optimizer):
         square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
-        weights = self._weights()
+        weights, reached = self._weights()
         dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, total.unbind(1), strict=False))
         clocks = self._of_cells([group["clock"] for group in self.param_groups])
-        dots |= {"clock": clocks, "weight": self._of_cells(weights)}
+        dots |= {"clock": clocks, "weight": self._of_cells(weights), "reached": self._of_cells(reached)}
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
@@ -492,24 +492,28 @@ class Elra(Optimizer):
             return column[:, None]
         return column[None] if self.scope == "global" else pad_sequence(self._by_group(column), batch_first=True)
 
-    def _weights(self) -> list[Tensor]:
-        """How much the last step of each group says about the schedule's full rate, in [0, 1]; 0 before there was a step.
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """How much the last step of each group says about the schedule's full rate, and the share of it reached so far.
 
         In a warm-up the share of the full lr that was reached. In a decay less: nothing below half of the highest lr so far,
         since smaller steps make cosines rise, and a rule that answered would undo the decay. Before the first overshoot a rule
         that counts them is still on its way up, and a decay, which may be all there is of a short run, takes nothing from it.
-        Under scope "global" the weight of the group that has most.
+        Both in [0, 1], 0 before there was a step. Under scope "global" those of the group that has most.
         """
-        weights = []
+        weights, reached = [], []
         for group in self.param_groups:
             multiplier, peak = group["multiplier"], group["peak"]
             full = group.get("max_lr", group.get("initial_lr"))  # where torch's schedulers keep it
             full = multiplier if full is None else full / group["alpha0"]
+            share = (peak / full).clamp(max=1.0)
             weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
             if self.rule.clock == "overshoots":
-                weight = torch.where(group["clock"] > 0, weight, (peak / full).clamp(max=1.0))
+                weight = torch.where(group["clock"] > 0, weight, share)
             weights.append(weight.nan_to_num(0.0))
-        return [torch.stack(weights).max()] * len(weights) if self.scope == "global" else weights
+            reached.append(share.nan_to_num(0.0))
+        if self.scope != "global":
+            return weights, reached
+        return [torch.stack(weights).max()] * len(weights), [torch.stack(reached).max()] * len(reached)
 
     def _note_scale(self, sizes: Tensor) -> None:
         """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each row."""

@@ -23,9 +23,9 @@ def weight(overshoots: float, share: float, peak: float) -> float:
 
 
 def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
-    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, power)`` is its rule, less as it settles.
+    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, grow, fall)`` is its rule.
 
-    Step t moves α·``schedule(t)``, ≤ α.
+    ``grow`` and ``fall`` are the shares of it that are left either way. Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
@@ -44,7 +44,8 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
                 m = d = g
             else:
                 w = weight(overshoots, share, peak)
-                alpha = clamp(alpha * factor(g, g_prev, d_prev, w / (1 + overshoots / horizon)))
+                left = 1 / (1 + overshoots / horizon)
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, w * left, peak * left))
                 if share > 0:
                     trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
                 overshoots = overshoots + w if trend < 0 else overshoots if trend < 0.95 else 0.0
@@ -65,20 +66,21 @@ def constant(t: int) -> float:
 
 
 def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
-    def factor(g, g_prev, d_prev, share):
+    def factor(g, g_prev, d_prev, grow, fall):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
-        return 1 + share * (gain[0] if c < 0 else gain[1]) * c
+        return 1 + (fall * gain[0] if c < 0 else grow * gain[1]) * c
 
     return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
 
 def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
-    def factor(g, g_prev, d_prev, share):
+    def factor(g, g_prev, d_prev, grow, fall):
         start, end = g_prev @ d_prev, g @ d_prev
         if start <= 0:
             return 1.0
         q = end / start
-        return (1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit) ** share
+        factor = 1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit
+        return factor ** (grow if factor > 1 else fall)
 
     return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 

@@ -342,6 +342,24 @@ def test_a_warm_up_is_waited_for():
     assert group["clock"] == pytest.approx(0.01 * sum(range(14)))
 
 
+@euclidean
+def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls):
+    """On a narrow valley the rate climbs when the schedule shortens the steps; it must find its way back."""
+    curvature = torch.logspace(0, -4, 100, dtype=torch.float64)
+    x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = cls([x])
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2000)
+    losses = []
+    for _ in range(2000):
+        optimizer.zero_grad()
+        loss = 0.5 * (curvature * x * x).sum()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert losses[-1] == min(losses)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.01])
 def test_a_constant_share_of_the_rate_adapts_too(share):
     alphas, _ = scheduled(lambda _: share, 50)

@@ -212,7 +212,8 @@ def test_an_epoch_is_all_full_batches():
 
 
 def dots(gg: float, gp: float, pp: float) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([x]) for name, x in (("gg", gg), ("gp", gp), ("pp", pp), ("clock", 0.0), ("weight", 1.0))}
+    of_run = {"clock": 0.0, "weight": 1.0, "reached": 1.0}
+    return {name: torch.tensor([x]) for name, x in {"gg": gg, "gp": gp, "pp": pp, **of_run}.items()}
 
 
 def test_growth_functions_by_hand():
