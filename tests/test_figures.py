@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -35,13 +36,12 @@ def test_image_classification():
     rows = read(ROOT / "model_cards/image_classification/results.csv")
     card = (ROOT / "model_cards/image_classification/README.md").read_text()
     shown = table_rows(card, "Elra[A-Za-z0-9]+")
-    assert len(shown) == 3
-    for optimizer, *cells in shown:
-        runs = [row for row in rows if (row["optimizer"], row["processes"]) == (optimizer, "1")]
-        assert cells[:3] == [row["test_accuracy"] for row in sorted(runs, key=lambda row: row["seed"])]
-        for row in rows:
-            if (row["optimizer"], row["processes"]) == (optimizer, "2"):
-                assert f"`{optimizer}` {row['test_accuracy']}" in card
+    assert len(shown) == 6
+    for optimizer, processes, *cells in shown:
+        runs = [row for row in rows if (row["optimizer"], row["processes"]) == (optimizer, processes)]
+        measured = [float(row["test_accuracy"]) for row in sorted(runs, key=lambda row: row["seed"])]
+        assert cells[:3] == [f"{accuracy:.4f}" for accuracy in measured]
+        assert cells[3] == f"{mean(measured):.4f} ± {stdev(measured):.4f}"
 
 
 @pytest.fixture(scope="module")
