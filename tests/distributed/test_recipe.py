@@ -28,7 +28,7 @@ KEYS = ("loss", "learning_rate", "elra_alpha", "elra_cos", "elra_restarts", "gra
 def finish(launcher, options, folder, batch):
     """Train with all three optimizers, 5 steps of the first epoch; the output folder of each."""
     given = (*options, "--output_dir", str(folder), "--per_device_train_batch_size", str(batch), "--compare", *OTHERS)
-    fixed = ("--max_steps", "5", "--learning_rate", "1e-3", "--freeze_layers", "0")
+    fixed = ("--max_steps", "5", "--learning_rate", "1e-3", "--freeze_layers", "0", "--lr_scheduler_type", "constant")
     run([[*launcher, RECIPE, *given, *fixed]], timeout=150, env={"CUDA_VISIBLE_DEVICES": ""})
     return {"elra_c2min": folder, **{name: folder / f"compare_{name}" for name in OTHERS}}
 
@@ -58,7 +58,7 @@ def test_two_processes_equal_one(launcher, options, alone, tmp_path):
     for name, folder in finish(LAUNCHERS[launcher], options, tmp_path, 4).items():
         ours, truth = steps(folder), steps(alone[name])
         assert len(ours) == len(truth) == 5
-        assert len({row[2] for row in truth}) >= 3, "the rate hardly moved: agreement would mean little"
+        assert len({row[2] for row in truth}) >= 4, "the rate hardly moved: agreement would mean little"
         for mine, theirs in zip(ours, truth, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         mine, theirs = (json.loads((each / "all_results.json").read_text()) for each in (folder, alone[name]))
