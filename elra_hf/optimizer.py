@@ -25,8 +25,8 @@ SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
 
 # A gradient this many times longer than the longest of late is taken for an explosion: a run with growth limit 2 cannot reach
 # it in one step on a quadratic before the rate has passed the edge of stability. Not than the one before: where most of the
-# data are learnt, one batch in twenty has a gradient that is ten times as long as that of the others, and a restart for each
-# brought the rate down to its lower bound (measured on the nets for digits).
+# data are learnt, a batch now and then has a gradient that is ten times as long as that of the others, and a restart for each
+# brought the rate of nets for digits down to its lower bound.
 NORM_EXPLOSION = 10.0
 # What is left of that longest gradient's square after a step.
 NORM_MEMORY = 0.98
@@ -289,10 +289,10 @@ class Elra(Optimizer):
         square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
-        weights, reached = self._weights()
+        weights = self._weights()
         dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, total.unbind(1), strict=False))
         clocks = self._of_cells([group["clock"] for group in self.param_groups])
-        dots |= {"clock": clocks, "weight": self._of_cells(weights), "reached": self._of_cells(reached)}
+        dots |= {"clock": clocks, "weight": self._of_cells(weights)}
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
@@ -492,28 +492,24 @@ class Elra(Optimizer):
             return column[:, None]
         return column[None] if self.scope == "global" else pad_sequence(self._by_group(column), batch_first=True)
 
-    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        """How much the last step of each group says about the schedule's full rate, and the share of it reached so far.
+    def _weights(self) -> list[Tensor]:
+        """How much the last step of each group says about the schedule's full rate, in [0, 1]; 0 before there was a step.
 
-        In a warm-up the share of the full lr that was reached. In a decay less: nothing below half of the highest lr so far,
-        since smaller steps make cosines rise, and a rule that answered would undo the decay. Before the first overshoot a rule
-        that counts them is still on its way up, and a decay, which may be all there is of a short run, takes nothing from it.
-        Both in [0, 1], 0 before there was a step. Under scope "global" those of the group that has most.
+        In a warm-up the share of the full lr that was reached. In a decay less for a rule that settles with the steps: nothing
+        below half of the highest lr so far, since smaller steps make cosines rise, and answering would undo the decay. A rule
+        that settles with the overshoots answers by then too little for that, unless its rate is still to be found.
+        Under scope "global" that of the group that has most.
         """
-        weights, reached = [], []
+        weights = []
         for group in self.param_groups:
             multiplier, peak = group["multiplier"], group["peak"]
             full = group.get("max_lr", group.get("initial_lr"))  # where torch's schedulers keep it
             full = multiplier if full is None else full / group["alpha0"]
-            share = (peak / full).clamp(max=1.0)
-            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
-            if self.rule.clock == "overshoots":
-                weight = torch.where(group["clock"] > 0, weight, share)
+            weight = (peak / full).clamp(max=1.0)
+            if self.rule.clock == "steps":
+                weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
             weights.append(weight.nan_to_num(0.0))
-            reached.append(share.nan_to_num(0.0))
-        if self.scope != "global":
-            return weights, reached
-        return [torch.stack(weights).max()] * len(weights), [torch.stack(reached).max()] * len(reached)
+        return [torch.stack(weights).max()] * len(weights) if self.scope == "global" else weights
 
     def _note_scale(self, sizes: Tensor) -> None:
         """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each row."""

@@ -3,8 +3,8 @@
 A rule is a pure function of 0-dim or 1-D tensors (one entry a cell of the scope) and knows nothing of parameters.
 Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in step t-1. The inner products are named by
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
-Of the run it gets ``clock``, by which it settles; ``weight``, how much the last step says about the schedule's full rate, in
-[0, 1]: in a warm-up the share that was reached, in a decay less, for α must not undo either; and ``reached``, that share alone.
+Of the run it gets ``clock``, by which it settles, and ``weight``, how much the last step says about the schedule's full rate,
+in [0, 1]: in a warm-up the share that was reached, for α must not undo it; in a decay see `Elra._weights`.
 A relative rule gets its products as a matrix, a row a cell, and a column a tensor if tensors vote (zeros where there is none),
 else one column; and with them ``size``, the number of entries of each, ``steps`` (taken so far) and ``scale``, the geometric
 mean of |x_1| over the entries where neither it nor G_1 is 0 (0: there are none).
@@ -83,22 +83,20 @@ def check_horizon(horizon: float) -> None:
         raise ValueError(f"horizon={horizon!r} is invalid: give a positive number, or math.inf for a rule that never settles")
 
 
-def settled(horizon: float, dots: Dots, grows: Tensor) -> Tensor:
+def settled(horizon: float, dots: Dots) -> Tensor:
     """Share of the rule that is left: 1 / (1 + n/horizon) after n overshoots, times the weight of the last step.
-
-    A rate may fall in a decay as before it: where it could not, one that was too high would stay so.
 
     Source: Kesten, Accelerated Stochastic Approximation, 1958, who let the steps themselves shrink so; here it is the steps of
     log α. Without overshoots the rule is the paper's. With them it has found the rate, and what follows is mostly noise: along
-    fixed rates of the nets for digits the cosine of successive gradients falls from +0.4 to -0.1 over the first 20 steps as
-    the rate rises to the best one, and later rests at +0.01…+0.08 at every rate, far too high ones included.
+    fixed rates of the nets for digits the cosine of successive gradients over the first 30 steps falls from +0.4 to 0 as the
+    rate rises to the best one and beyond; after a hundred it rests at +0.02…+0.05 at the best rate and at far too high ones
+    alike (the bench's `cosines`).
 
     Args:
         horizon: > 0.
         dots: what the rule was given.
-        grows: where the rule calls for a higher rate.
     """
-    return torch.where(grows, dots["weight"], dots["reached"]) / (1.0 + dots["clock"] / horizon)
+    return dots["weight"] / (1.0 + dots["clock"] / horizon)
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class C2Min:
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         cos = cosine(dots["gp"], dots["gg"], dots["pp"])
-        return alpha * (1.0 + settled(self.horizon, dots, cos > 0) * signed_gain(self.gain, cos) * cos), cos
+        return alpha * (1.0 + settled(self.horizon, dots) * signed_gain(self.gain, cos) * cos), cos
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ class P2Min:
         curved = curvature > start / self.growth_limit
         factor = torch.where(curved, start / curvature, torch.full_like(start, self.growth_limit))
         factor = torch.where(start > 0, factor, torch.ones_like(start))
-        return alpha * factor.pow(settled(self.horizon, dots, factor > 1)), cosine(dots["gp"], dots["gg"], dots["pp"])
+        return alpha * factor.pow(settled(self.horizon, dots)), cosine(dots["gp"], dots["gg"], dots["pp"])
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:

@@ -17,15 +17,10 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
     return min(max(alpha, low), high)
 
 
-def weight(overshoots: float, share: float, peak: float) -> float:
-    """Of a step that moved ``share`` of the full rate, where ``peak`` is the largest share so far."""
-    return share * max(2 * share / peak - 1, 0) if overshoots else peak
-
-
 def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
-    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, grow, fall)`` is its rule.
+    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left)`` is its rule.
 
-    ``grow`` and ``fall`` are the shares of it that are left either way. Step t moves α·``schedule(t)``, ≤ α.
+    ``left`` is the share of it that is left. Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
@@ -43,12 +38,10 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
             if g_prev is None:
                 m = d = g
             else:
-                w = weight(overshoots, share, peak)
-                left = 1 / (1 + overshoots / horizon)
-                alpha = clamp(alpha * factor(g, g_prev, d_prev, w * left, peak * left))
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, peak / (1 + overshoots / horizon)))
                 if share > 0:
                     trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
-                overshoots = overshoots + w if trend < 0 else overshoots if trend < 0.95 else 0.0
+                overshoots = overshoots + peak if trend < 0 else overshoots if trend < 0.95 else 0.0
                 m = beta1 * m + (1 - beta1) * g_prev
                 d = (1 - beta2) * g + beta2 * m
             share = schedule(t)
@@ -66,21 +59,21 @@ def constant(t: int) -> float:
 
 
 def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
-    def factor(g, g_prev, d_prev, grow, fall):
+    def factor(g, g_prev, d_prev, left):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
-        return 1 + (fall * gain[0] if c < 0 else grow * gain[1]) * c
+        return 1 + left * (gain[0] if c < 0 else gain[1]) * c
 
     return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
 
 def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
-    def factor(g, g_prev, d_prev, grow, fall):
+    def factor(g, g_prev, d_prev, left):
         start, end = g_prev @ d_prev, g @ d_prev
         if start <= 0:
             return 1.0
         q = end / start
         factor = 1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit
-        return factor ** (grow if factor > 1 else fall)
+        return factor**left
 
     return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
