@@ -1,7 +1,8 @@
-"""What a rate rule can see: cosines along runs of AdamW's direction at fixed rates, early and late. Source of Tracking's rule.
+"""What a rate rule can see: cosines along runs at fixed rates, early and late. Source of how each of our rules settles.
 
-A table a task, a line a rate: the median vote of the tensors and the one cosine of all, averaged over stretches of the run,
-beside the validation loss that the rate ends at.
+A table a task and a direction, a line a rate, averages over stretches of the run beside the validation loss that the rate ends
+at. Along AdamW's direction the median vote of the tensors and the one cosine of all; along that of c2min and p2min the cosine
+of successive gradients and the share of the steps that overshoot.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from elra_hf import Adam, Elra
+from elra_hf import Adam, Elra, Momentum
 from elra_hf.rules import Clock, Dots, cosine, weighted_median
 
 from .cells import markdown
-from .optimizers import half_decade, nearest
+from .optimizers import OPTIMIZERS, half_decade, nearest
 from .run import RESULTS, TUNING_SEED, evaluate
 from .tasks import TASKS
 
 STRETCHES = ((1, 10), (10, 30), (30, 100), (100, None))  # steps
-RATES = range(-2, 3)  # half decades around AdamW's usual rate
+RATES = range(-2, 3)  # half decades around the usual rate
+DIRECTIONS = {"adamw": Adam(), "sgd-momentum": Momentum()}  # by the baseline whose usual rates are taken
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Votes:
     """Leaves the rate as it is and notes, step by step, the vote of the tensors and the one cosine of all."""
 
     seen: list[tuple[float, float]] = field(default_factory=list)
+    told: ClassVar[str] = "{:+.2f}; {:+.2f}"
     votes: ClassVar[bool] = True
     relative: ClassVar[bool] = True
     clock: ClassVar[Clock] = "steps"
@@ -46,11 +49,29 @@ class Fixed:
         return alpha, vote
 
 
-def measure(task: str, rate: float) -> list[str]:
-    """A line of the table: rate, in units of the typical weight too, stretches, last validation loss."""
+@dataclass(frozen=True)
+class Overshoots:
+    """Leaves the rate as it is and notes, step by step, the cosine of successive gradients and whether the step overshot."""
+
+    seen: list[tuple[float, float]] = field(default_factory=list)
+    told: ClassVar[str] = "{:+.2f}; {:.0%}"
+    votes: ClassVar[bool] = False
+    relative: ClassVar[bool] = False
+    clock: ClassVar[Clock] = "overshoots"
+    needs: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd"})
+
+    def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
+        """Return ``alpha`` and the cosine."""
+        cos = cosine(dots["gp"], dots["gg"], dots["pp"])
+        self.seen.append((cos.item(), float(dots["gd"] < 0)))
+        return alpha, cos
+
+
+def measure(task: str, direction: Adam | Momentum, rate: float) -> list[str]:
+    """A line of the table: rate, in units of the typical weight too with Adam, stretches, last validation loss."""
     problem = TASKS[task].build(TUNING_SEED)
-    rule = Fixed()
-    optimizer = Elra([p for p in problem.model.parameters() if p.requires_grad], Adam(), rule, lr=rate)
+    rule = Votes() if isinstance(direction, Adam) else Overshoots()
+    optimizer = Elra([p for p in problem.model.parameters() if p.requires_grad], direction, rule, lr=rate)
     problem.model.train()
     for _ in range(TASKS[task].steps):
         optimizer.zero_grad()
@@ -58,10 +79,10 @@ def measure(task: str, rate: float) -> list[str]:
         optimizer.step()
     cells = []
     for start, stop in STRETCHES:
-        votes, wholes = zip(*rule.seen[start:stop], strict=True)
-        cells.append(f"{statistics.fmean(votes):+.2f}; {statistics.fmean(wholes):+.2f}")
+        cells.append(rule.told.format(*map(statistics.fmean, zip(*rule.seen[start:stop], strict=True))))
     scale = float(optimizer.param_groups[0]["scale"])
-    return [f"{rate:.2g} ({rate / scale:.2g} s)", *cells, f"{evaluate(problem, 'validation')[0]:.3g}"]
+    head = f"{rate:.2g} ({rate / scale:.2g} s)" if rule.relative else f"{rate:.2g}"
+    return [head, *cells, f"{evaluate(problem, 'validation')[0]:.3g}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,15 +96,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     header = ["rate", *(f"steps {a} to {b or 'the end'}" for a, b in STRETCHES), "validation loss"]
     parts = [
-        "# Cosines along fixed rates\n\nWritten by `python -m recipes.benchmarks cosines`: AdamW's direction at constant "
-        "rates, one seed. In each cell the median vote of the tensors (weighed by the root of their size) and the one cosine "
-        "of all, between the gradient and the step before; s is the typical size of a weight.\n"
+        "# Cosines along fixed rates\n\nWritten by `python -m recipes.benchmarks cosines`: constant rates, one seed. Along "
+        "AdamW's direction each cell holds the median vote of the tensors (weighed by the root of their size) and the one "
+        "cosine of all, between the gradient and the step before; s is the typical size of a weight. Along that of c2min and "
+        "p2min the cosine of successive gradients, and the share of steps that overshoot (⟨G_t, d_{t-1}⟩ below 0).\n"
     ]
     for task in args.tasks:
-        lines = []
-        for step in RATES:
-            lines.append(measure(task, half_decade(nearest(TASKS[task].usual) + step)))
-            print(task, *lines[-1], sep=" | ", flush=True)
-        parts.append(f"## {task}\n\n{markdown(header, lines)}")
+        for name, direction in DIRECTIONS.items():
+            lines = []
+            for step in RATES:
+                rate = half_decade(nearest(OPTIMIZERS[name].usual(TASKS[task])) + step)
+                lines.append(measure(task, direction, rate))
+                print(task, name, *lines[-1], sep=" | ", flush=True)
+            parts.append(f"## {task}, {name}\n\n{markdown(header, lines)}")
     args.results.write_text("\n".join(parts))
     print(f"written: {args.results}")
