@@ -48,7 +48,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # other people's optimizers; --no-deps because they need nothing but torch
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps \
-		lion-pytorch==0.2.5 prodigyopt==1.1.2 dadaptation==3.2 schedulefree==1.4.1
+		lion-pytorch==0.2.5 pytorch_optimizer==4.1.0 prodigyopt==1.1.2 dadaptation==3.2 schedulefree==1.4.1
 	touch $@
 
 .venv-tf4/.installed: pyproject.toml constraints.txt

@@ -85,6 +85,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer("torch.optim:SGD", scale=100.0),
     "adadelta": Optimizer("torch.optim:Adadelta", centre=1.0),
     "lion": Optimizer("lion_pytorch:Lion", scale=0.1, package="lion-pytorch==0.2.5"),
+    "ranger": Optimizer("pytorch_optimizer:Ranger", package="pytorch_optimizer==4.1.0"),
     # what the Trainer does when nothing is set
     "hf-default": Optimizer("torch.optim:AdamW", 5e-5, {"weight_decay": 0.0}, schedules=("linear",), quick=True),
     "adamw-1e-3": Optimizer("torch.optim:AdamW", 1e-3, schedules=("linear",), quick=True),
