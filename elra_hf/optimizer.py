@@ -44,7 +44,7 @@ SCALARS = {
     "clamps": 0.0,
     "steps": 0.0,
     "clock": 0.0,
-    "trend": 0.0,
+    "trend": 1.0,
     "longest": 0.0,
     "scale": 0.0,
     "multiplier": 0.0,
@@ -291,8 +291,12 @@ class Elra(Optimizer):
         # adapt
         weights = self._weights()
         dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, total.unbind(1), strict=False))
-        clocks = self._of_cells([group["clock"] for group in self.param_groups])
-        dots |= {"clock": clocks, "weight": self._of_cells(weights)}
+        for name in ("clock", "steps"):
+            dots[name] = self._of_cells([group[name] for group in self.param_groups])
+        dots["weight"] = self._of_cells(weights)
+        if self.rule.clock == "overshoots":
+            trends = self._trends(dots)
+            dots["trend"] = self._of_cells(trends)
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
@@ -347,7 +351,13 @@ class Elra(Optimizer):
         for index, (group, multiplier) in enumerate(zip(self.param_groups, multipliers, strict=True)):
             if self._absent(group):
                 continue
-            self._tick(index, dots, weights[index], taken, bad)
+            if self.rule.clock == "steps":
+                group["clock"] = group["clock"] + taken * weights[index]
+            else:
+                trend, clock = trends[index], group["clock"]
+                clock = torch.where(trend < 0, clock + weights[index], torch.where(trend < STRAIGHT, clock, 0.0))
+                for name, value in (("trend", trend), ("clock", clock)):
+                    group[name] = torch.where(bad, SCALARS[name], torch.where(taken, value, group[name]))
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
             group["steps"] = group["steps"] + taken
@@ -355,17 +365,14 @@ class Elra(Optimizer):
             group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
 
-    def _tick(self, index: int, dots: dict[str, Tensor], weight: Tensor, taken: Tensor, bad: Tensor) -> None:
-        """Let the clock of a group count the step; see `Clock`."""
-        group = self.param_groups[index]
-        if self.rule.clock == "steps":
-            group["clock"] = group["clock"] + taken * weight
-            return
-        end, moved = (self._sum_of(dots[name], index) for name in ("gd", "pp"))
-        trend = torch.where(moved > 0, TREND_MEMORY * group["trend"] + (1.0 - TREND_MEMORY) * end.sign(), group["trend"])
-        clock = torch.where(trend < 0, group["clock"] + weight, torch.where(trend < STRAIGHT, group["clock"], 0.0))
-        for name, value in (("trend", trend), ("clock", clock)):
-            group[name] = torch.where(bad, 0.0, torch.where(taken, value, group[name]))
+    def _trends(self, dots: dict[str, Tensor]) -> list[Tensor]:
+        """The trend of each group with the last step in it; see `Clock`."""
+        trends = []
+        for index, group in enumerate(self.param_groups):
+            end, moved = (self._sum_of(dots[name], index) for name in ("gd", "pp"))
+            trend = TREND_MEMORY * group["trend"] + (1.0 - TREND_MEMORY) * end.sign()
+            trends.append(torch.where(moved > 0, trend, group["trend"]))
+        return trends
 
     def _sum_of(self, cells: Tensor, index: int) -> Tensor:
         """Of one number a cell, the sum over those of a group."""
@@ -480,7 +487,7 @@ class Elra(Optimizer):
             # as arguments of a kernel: a tensor made from a list would wait for the device
             torch._foreach_mul_(list(size.unbind()), [p.numel() for group in self.param_groups for p in group["params"]])
         dots = {name: self._voters(total[:, i]) for i, name in enumerate(needs)} | {"size": self._voters(size)}
-        return dots | {name: self._of_cells([group[name] for group in self.param_groups]) for name in ("scale", "steps")}
+        return dots | {"scale": self._of_cells([group["scale"] for group in self.param_groups])}
 
     def _by_group(self, rows: Tensor) -> list[Tensor]:
         """The rows of each group's parameters, of something with a row a tensor."""

@@ -3,11 +3,12 @@
 A rule is a pure function of 0-dim or 1-D tensors (one entry a cell of the scope) and knows nothing of parameters.
 Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in step t-1. The inner products are named by
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
-Of the run it gets ``clock``, by which it settles, and ``weight``, how much the last step says about the schedule's full rate,
-in [0, 1]: in a warm-up the share that was reached, for α must not undo it; in a decay see `Elra._weights`.
+Of the run it gets ``steps`` (taken so far), ``clock``, by which it settles, ``weight``, how much the last step says about the
+schedule's full rate, in [0, 1]: in a warm-up the share that was reached, for α must not undo it; in a decay see
+`Elra._weights`; and, if it counts overshoots, ``trend``.
 A relative rule gets its products as a matrix, a row a cell, and a column a tensor if tensors vote (zeros where there is none),
-else one column; and with them ``size``, the number of entries of each, ``steps`` (taken so far) and ``scale``, the geometric
-mean of |x_1| over the entries where neither it nor G_1 is 0 (0: there are none).
+else one column; and with them ``size``, the number of entries of each, and ``scale``, the geometric mean of |x_1| over the
+entries where neither it nor G_1 is 0 (0: there are none).
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from torch import Tensor
 Dots = Mapping[str, Tensor]
 # What the clock of a run counts, each with the weight of its step. A step overshoots when the slope along it has changed its
 # sign at its end, ⟨G_t, d_{t-1}⟩ < 0. Signs are smoothed, since one batch may say anything: a step counts while their trend,
-# a mean that keeps `TREND_MEMORY` of itself, is below 0. Beyond `STRAIGHT`, which takes some 16 steps in a row without an
-# overshoot, and at a restart, that clock starts anew. Noise around 0 goes straight for so long once in 10,000 steps; when half
-# as many steps were enough, rates drifted within 8,000.
+# a mean that keeps `TREND_MEMORY` of itself, is below 0. Beyond `STRAIGHT`, where it starts from and which takes some 16 steps
+# in a row without an overshoot, and at a restart, that clock starts anew. Noise around 0 goes straight for so long once in
+# 10,000 steps; when half as many steps were enough, rates drifted within 8,000.
 Clock = Literal["steps", "overshoots"]
 TREND_MEMORY = 0.8
 STRAIGHT = 0.95
+# Steps after which c2min takes a straight one for a cosine of at least 1/2. Where the least cosine did not fall, but stayed at
+# 1/2 or 1/3, or fell half as fast, rates of small CNNs rose past the best one before the loss had sharpened.
+HASTE = 8.0
 
 
 class Rule(Protocol):
@@ -103,11 +107,14 @@ def settled(horizon: float, dots: Dots) -> Tensor:
 class C2Min:
     """α_t = α_{t-1} (1 + gain·c_t) with the cosine c_t of successive gradients. Source: arXiv 2309.06274, c2min.
 
-    The gain shrinks with the overshoots; see `settled` (ours).
+    The gain shrinks with the overshoots; see `settled` (ours). As long as steps are straight, from the first one on, c_t is no
+    less than 8/(8 + t) (ours): noise makes the cosine small at every rate, but that no step overshoots says that the rate is
+    too low, and the first one, a guess made before there was a gradient, far too low. Otherwise the rate of short or noisy
+    runs would still be rising at their end.
 
     Args:
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
-        horizon: overshoots after which half of the gain is gone, > 0; math.inf: it stays, as in the paper.
+        horizon: overshoots after which half of the gain is gone, > 0; math.inf: the paper's rule, with neither of ours.
     """
 
     gain: float | tuple[float, float] = 0.5
@@ -123,7 +130,11 @@ class C2Min:
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         cos = cosine(dots["gp"], dots["gg"], dots["pp"])
-        return alpha * (1.0 + settled(self.horizon, dots) * signed_gain(self.gain, cos) * cos), cos
+        signal = cos
+        if self.horizon < math.inf:
+            straight = (dots["trend"] > STRAIGHT) & (dots["gd"] > 0)
+            signal = torch.where(straight, torch.maximum(cos, HASTE / (HASTE + dots["steps"])), cos)
+        return alpha * (1.0 + settled(self.horizon, dots) * signed_gain(self.gain, signal) * signal), cos
 
 
 @dataclass(frozen=True)

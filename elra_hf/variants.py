@@ -25,8 +25,8 @@ class ElraC2Min(Elra):
         lr: the first rate α_0 > 0. The rate leaves it within a few dozen steps; there is no need to tune it.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
-        horizon: overshoots after which half of the gain is gone, > 0. math.inf: it stays, as in the paper; such a rate
-            oscillates and drifts where gradients are noisy.
+        horizon: overshoots after which half of the gain is gone, > 0. math.inf: the paper's rule; such a rate is long on its
+            way up, oscillates and drifts where gradients are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
@@ -83,8 +83,8 @@ class ElraP2Min(Elra):
         lr: the first rate α_0 > 0. The rate leaves it within a few steps; there is no need to tune it.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         growth_limit: largest factor on the rate in one step, > 1.
-        horizon: overshoots after which the factor is but its square root, > 0. math.inf: it stays, as in the paper; such a rate
-            dies where gradients are noisy.
+        horizon: overshoots after which the factor is but its square root, > 0. math.inf: the paper's rule; such a rate dies
+            where gradients are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.

@@ -18,14 +18,15 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
 
 
 def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
-    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left)`` is its rule.
+    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, straight)`` is its rule.
 
-    ``left`` is the share of it that is left. Step t moves α·``schedule(t)``, ≤ α.
+    ``left`` is the share of it that is left, ``straight`` the number of steps taken, or infinite if they are not straight.
+    Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
     g_prev = m = d_prev = None
-    overshoots, trend, longest, share, peak = 0.0, 0.0, 0.0, 0.0, 0.0
+    overshoots, trend, taken, longest, share, peak = 0.0, 1.0, 0, 0.0, 0.0, 0.0
     xs, alphas = [], []
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
@@ -33,21 +34,22 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
         if g_prev is not None and size > 10.0 * longest:
             x = x + alpha * share * d_prev
             alpha = clamp(alpha * min(1 / 3, longest / size))
-            g_prev, overshoots, trend, share = None, 0.0, 0.0, 0.0
+            g_prev, overshoots, trend, share = None, 0.0, 1.0, 0.0
         else:
             if g_prev is None:
                 m = d = g
             else:
-                alpha = clamp(alpha * factor(g, g_prev, d_prev, peak / (1 + overshoots / horizon)))
                 if share > 0:
                     trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
+                straight = taken if trend > 0.95 and g @ d_prev > 0 else np.inf
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, peak / (1 + overshoots / horizon), straight))
                 overshoots = overshoots + peak if trend < 0 else overshoots if trend < 0.95 else 0.0
                 m = beta1 * m + (1 - beta1) * g_prev
                 d = (1 - beta2) * g + beta2 * m
             share = schedule(t)
             peak = max(peak, share)
             x = x - alpha * share * d
-            g_prev, d_prev = g, d
+            g_prev, d_prev, taken = g, d, taken + 1
             longest = max(np.sqrt(0.98) * longest, size)
         xs.append(x.copy())
         alphas.append(alpha)
@@ -59,15 +61,17 @@ def constant(t: int) -> float:
 
 
 def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
-    def factor(g, g_prev, d_prev, left):
+    def factor(g, g_prev, d_prev, left, straight):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
+        if np.isfinite(straight) and np.isfinite(horizon):
+            c = max(c, 8 / (8 + straight))
         return 1 + left * (gain[0] if c < 0 else gain[1]) * c
 
     return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
 
 def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
-    def factor(g, g_prev, d_prev, left):
+    def factor(g, g_prev, d_prev, left, straight):
         start, end = g_prev @ d_prev, g @ d_prev
         if start <= 0:
             return 1.0

@@ -387,12 +387,29 @@ def test_the_rate_settles_with_the_overshoots(cls):
     assert drifts[1] > 1.0
 
 
+def test_a_small_cosine_that_never_turns_raises_the_rate_of_c2min():
+    """Noise makes the cosine small at every rate; that it stays positive says that the rate is far too low."""
+    rng = torch.Generator().manual_seed(0)
+    factors = []
+    for horizon in (2.0, math.inf):
+        x = torch.zeros(10_000, requires_grad=True)
+        optimizer = ElraC2Min([x], horizon=horizon)
+        cosines = []
+        for _ in range(60):
+            x.grad = 0.3 + torch.randn(10_000, generator=rng)
+            optimizer.step()
+            cosines.append(optimizer.param_groups[0]["cos"].item())
+        assert max(cosines) < 0.15
+        factors.append(optimizer.param_groups[0]["alpha"].item() / 1e-5)
+    assert factors[0] > 1000 > 20 > factors[1] > 1
+
+
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
 def test_steps_without_an_overshoot_start_the_clock_anew(cls):
     x = torch.zeros(3, requires_grad=True)
     optimizer = cls([x], lr=1e-3)
     clocks = []
-    for sign in [1, -1, 1, -1, 1, -1, 1, -1] + [1] * 24:
+    for sign in [1, -1] * 8 + [1] * 24:
         x.grad = torch.tensor([1.0, 0.5, 0.2]) * sign
         optimizer.step()
         clocks.append(optimizer.param_groups[0]["clock"].item())
