@@ -24,9 +24,9 @@ from torch import Tensor
 Dots = Mapping[str, Tensor]
 # What the clock of a run counts, each with the weight of its step. A step overshoots when the slope along it has changed its
 # sign at its end, ⟨G_t, d_{t-1}⟩ < 0. Signs are smoothed, since one batch may say anything: a step counts while their trend,
-# a mean that keeps `TREND_MEMORY` of itself, is below 0. Beyond `STRAIGHT`, where it starts from and which takes some 16 steps
-# in a row without an overshoot, and at a restart, that clock starts anew. Noise around 0 goes straight for so long once in
-# 10,000 steps; when half as many steps were enough, rates drifted within 8,000.
+# a mean that starts from 1 and keeps `TREND_MEMORY` of itself, is below 0. Beyond `STRAIGHT`, which takes some 16 steps in a
+# row without an overshoot, that clock starts anew, as at a restart. Noise around 0 goes straight for so long once in 10,000
+# steps; when half as many steps were enough, rates drifted within 8,000.
 Clock = Literal["steps", "overshoots"]
 TREND_MEMORY = 0.8
 STRAIGHT = 0.95
@@ -84,17 +84,17 @@ def check_gain(gain: float | tuple[float, float], below: float) -> None:
 def check_horizon(horizon: float) -> None:
     """Raise ValueError unless ``horizon`` > 0; infinity is one."""
     if not horizon > 0.0:
-        raise ValueError(f"horizon={horizon!r} is invalid: give a positive number, or math.inf for a rule that never settles")
+        raise ValueError(f"horizon={horizon!r} is invalid: give a positive number, or math.inf for the paper's rule")
 
 
 def settled(horizon: float, dots: Dots) -> Tensor:
     """Share of the rule that is left: 1 / (1 + n/horizon) after n overshoots, times the weight of the last step.
 
     Source: Kesten, Accelerated Stochastic Approximation, 1958, who let the steps themselves shrink so; here it is the steps of
-    log α. Without overshoots the rule is the paper's. With them it has found the rate, and what follows is mostly noise: along
-    fixed rates of the nets for digits the cosine of successive gradients over the first 30 steps falls from +0.4 to 0 as the
-    rate rises to the best one and beyond; after a hundred it rests at +0.02…+0.05 at the best rate and at far too high ones
-    alike (the bench's `cosines`).
+    log α. Until there are overshoots all of the rule is left. With them it has found the rate, and what follows is mostly
+    noise: along fixed rates of the nets for digits the cosine of successive gradients over the first 30 steps falls from +0.4
+    to 0 as the rate rises to the best one and beyond; after a hundred it rests at +0.02…+0.05 at the best rate and at far too
+    high ones alike (the bench's `cosines`).
 
     Args:
         horizon: > 0.
