@@ -33,6 +33,9 @@ STRAIGHT = 0.95
 # Steps after which c2min takes a straight one for a cosine of at least 1/2. Where the least cosine did not fall, but stayed at
 # 1/2 or 1/3, or fell half as fast, rates of small CNNs rose past the best one before the loss had sharpened.
 HASTE = 8.0
+# A cosine of successive gradients below this is not noise: the step has gone far beyond the edge of stability, where iterates
+# grow faster than a settled rate falls.
+TURN = -0.9
 
 
 class Rule(Protocol):
@@ -87,8 +90,8 @@ def check_horizon(horizon: float) -> None:
         raise ValueError(f"horizon={horizon!r} is invalid: give a positive number, or math.inf for the paper's rule")
 
 
-def settled(horizon: float, dots: Dots) -> Tensor:
-    """Share of the rule that is left: 1 / (1 + n/horizon) after n overshoots, times the weight of the last step.
+def settled(horizon: float, dots: Dots, cos: Tensor) -> Tensor:
+    """Share of the rule that is left: 1 / (1 + n/horizon) after n overshoots, all of it below `TURN`, times the step's weight.
 
     Source: Kesten, Accelerated Stochastic Approximation, 1958, who let the steps themselves shrink so; here it is the steps of
     log α. Until there are overshoots all of the rule is left. With them it has found the rate, and what follows is mostly
@@ -99,8 +102,9 @@ def settled(horizon: float, dots: Dots) -> Tensor:
     Args:
         horizon: > 0.
         dots: what the rule was given.
+        cos: the cosine of successive gradients.
     """
-    return dots["weight"] / (1.0 + dots["clock"] / horizon)
+    return dots["weight"] * torch.where(cos < TURN, 1.0, 1.0 / (1.0 + dots["clock"] / horizon))
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class C2Min:
         if self.horizon < math.inf:
             straight = (dots["trend"] > STRAIGHT) & (dots["gd"] > 0)
             signal = torch.where(straight, torch.maximum(cos, HASTE / (HASTE + dots["steps"])), cos)
-        return alpha * (1.0 + settled(self.horizon, dots) * signed_gain(self.gain, signal) * signal), cos
+        return alpha * (1.0 + settled(self.horizon, dots, cos) * signed_gain(self.gain, signal) * signal), cos
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ class P2Min:
         curved = curvature > start / self.growth_limit
         factor = torch.where(curved, start / curvature, torch.full_like(start, self.growth_limit))
         factor = torch.where(start > 0, factor, torch.ones_like(start))
-        return alpha * factor.pow(settled(self.horizon, dots)), cosine(dots["gp"], dots["gg"], dots["pp"])
+        cos = cosine(dots["gp"], dots["gg"], dots["pp"])
+        return alpha * factor.pow(settled(self.horizon, dots, cos)), cos
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:

@@ -387,6 +387,23 @@ def test_the_rate_settles_with_the_overshoots(cls):
     assert drifts[1] > 1.0
 
 
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_settled_rate_falls_where_steps_turn_round(cls):
+    """Beyond the edge of stability iterates grow at every step; a rate that fell by a settled share would be too late."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.zeros(50, requires_grad=True)
+    optimizer = cls([x], lr=1.0)
+    for _ in range(300):
+        x.grad = torch.randn(50, generator=rng)
+        optimizer.step()
+    settled = optimizer.param_groups[0]["alpha"].item()
+    for t in range(6):
+        x.grad = torch.full((50,), (-1.0) ** t)
+        optimizer.step()
+    assert optimizer.param_groups[0]["clock"].item() > 100
+    assert optimizer.param_groups[0]["alpha"].item() < settled / 8
+
+
 def test_a_small_cosine_that_never_turns_raises_the_rate_of_c2min():
     """Noise makes the cosine small at every rate; that it stays positive says that the rate is far too low."""
     rng = torch.Generator().manual_seed(0)

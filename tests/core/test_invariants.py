@@ -342,11 +342,12 @@ def test_a_warm_up_is_waited_for():
     assert group["clock"] == pytest.approx(0.01 * sum(range(14)))
 
 
+@pytest.mark.parametrize("seed", range(4))
 @euclidean
-def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls):
+def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls, seed):
     """On a narrow valley the rate climbs when the schedule shortens the steps; it must find its way back."""
     curvature = torch.logspace(0, -4, 100, dtype=torch.float64)
-    x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     optimizer = cls([x])
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2000)
     losses = []
@@ -357,7 +358,7 @@ def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls):
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    assert losses[-1] == min(losses)
+    assert losses[-1] <= 1.2 * min(losses)  # they rise for a step or two whenever the rate tries more
 
 
 @pytest.mark.parametrize("share", [1.0, 0.01])
