@@ -492,5 +492,5 @@ def test_texts_by_length_are_the_same_texts():
 def test_make_bench_installs_the_packages_that_optimizers_name():
     makefile = (ROOT / "Makefile").read_text()
     packages = {declared.package for declared in OPTIMIZERS.values() if "==" in declared.package}
-    assert len(packages) == 4
+    assert len(packages) == 5
     assert all(package in makefile for package in packages)
