@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elra_hf import C2Min, Momentum
+from elra_hf import Momentum
 from recipes.benchmarks import __main__, paper, studies
 from recipes.benchmarks.run import key
 from recipes.benchmarks.tasks import TASKS
@@ -231,7 +231,7 @@ def test_growth_functions_by_hand():
 @given(st.floats(-1, 1))
 def test_growth_functions_agree_where_they_should(cos):
     alpha, products = torch.tensor([1.0]), dots(1.0, cos, 1.0)
-    assert torch.allclose(studies.Norms(0.5)(alpha, products)[0], C2Min(0.5)(alpha, products)[0])
+    assert torch.allclose(studies.Norms(0.5)(alpha, products)[0], studies.PAPER(alpha, products)[0])
     there, back = (studies.Exponential(0.5)(alpha, dots(1.0, c, 1.0))[0] for c in (cos, -cos))
     assert (there * back).item() == pytest.approx(1.0)  # no drift
 
