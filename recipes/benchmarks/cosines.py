@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from elra_hf import Adam, Elra, Momentum
+from elra_hf import Adam, C2Min, Elra, Momentum
 from elra_hf.rules import Clock, Dots, cosine, weighted_median
 
 from .cells import markdown
@@ -58,7 +58,7 @@ class Overshoots:
     votes: ClassVar[bool] = False
     relative: ClassVar[bool] = False
     clock: ClassVar[Clock] = "overshoots"
-    needs: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd"})
+    needs: ClassVar[frozenset[str]] = C2Min.needs
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         """Return ``alpha`` and the cosine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .cells import markdown
+from .cells import markdown, ratio
 from .optimizers import OPTIMIZERS
 from .run import START_RATE_SEED, START_RATES, Done, alpha_steps, number
 
@@ -54,7 +54,7 @@ def plateau(curve: Sequence[float]) -> tuple[float, float]:
 
 
 def plateau_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Decades of start rates that end equally well."""
+    """Decades of start rates that end equally well, and the largest loss over the smallest."""
     names = dict.fromkeys(name for of_task in curves.values() for name in of_task)
     rows = []
     for name in names:
@@ -63,7 +63,8 @@ def plateau_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
             if name not in of_task:
                 cells.append("")
                 continue
-            low, high = plateau(of_task[name])
-            cells.append(f"{round(math.log10(high / low))} ({low:.0e} … {high:.0e})")
+            curve = of_task[name]
+            low, high = plateau(curve)
+            cells.append(f"{round(math.log10(high / low))} ({low:.0e} … {high:.0e}); {ratio(max(curve) / min(curve))}")
         rows.append([name, *cells])
     return markdown(["optimizer", *curves], rows)

@@ -358,7 +358,7 @@ def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls, seed):
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    assert losses[-1] <= 1.2 * min(losses)  # they rise for a step or two whenever the rate tries more
+    assert losses[-1] <= 1.05 * min(losses)  # they rise for a step or two whenever the rate tries more
 
 
 @pytest.mark.parametrize("share", [1.0, 0.01])

@@ -155,7 +155,11 @@ def test_start_rates_and_functions_in_the_report(tmp_path):
     for each in [*runs, Run("quadratic-1e1", "elra_p2min", "constant", "1e-05", 1, 300)]:
         append(path, measure(each))
     text = report.report(path)
-    assert "| elra_c2min, linear |" in text.split("## Decades of start rates")[1]
+    rates = text.split("## Decades of start rates")[1].split("##")[0]
+    (line,) = [line for line in rates.splitlines() if line.startswith("| elra_c2min, linear |")]
+    runs = [row for row in read(path) if (row["optimizer"], row["schedule"]) == ("elra_c2min", "linear")]
+    losses = [float(row["test_loss"]) for row in runs]
+    assert line.endswith(f"; {max(losses) / min(losses):.3f} |")
     assert int(text.split("## Functions")[1].split("| elra_p2min, constant |")[1].split("|")[0]) < 300
     assert path.with_name("rows-start-rates.png").stat().st_size > 1000
     assert "rows-alpha.png" in text
