@@ -1,4 +1,4 @@
-"""Run one function as several real processes over gloo, within a time limit that kills them and prints what they said.
+"""Run one function as several real processes over gloo; where none says anything for long, kill them and print what they said.
 
 ``launch("tests.distributed.workers:rows", world=2)`` returns what each rank's call returned. Starting processes costs seconds
 (each imports torch), so a launch does many things, and `shared` hands its results to all tests, also across pytest-xdist.
@@ -27,7 +27,8 @@ def run(commands: Sequence[Sequence[str]], timeout: float, env: dict[str, str] |
     """Run ``commands`` side by side until all are done; return the output of each.
 
     Raises:
-        AssertionError: one failed, or not all were done after ``timeout`` seconds. All are killed then; shows their output.
+        AssertionError: one failed, or none printed anything for ``timeout`` seconds: a slow machine is no failure, a hang is.
+            All are killed then; shows their output.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1", **(env or {})}
     with tempfile.TemporaryDirectory() as folder:
@@ -39,9 +40,12 @@ def run(commands: Sequence[Sequence[str]], timeout: float, env: dict[str, str] |
                 processes.append(
                     subprocess.Popen(command, cwd=cwd, env=own, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
                 )
-        deadline = time.monotonic() + timeout
+        heard, said = time.monotonic(), 0
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            if time.monotonic() > deadline:
+            size = sum(log.stat().st_size for log in logs)
+            if size > said:
+                heard, said = time.monotonic(), size
+            if time.monotonic() > heard + timeout:
                 break
             time.sleep(0.05)
         verdict = ["killed" if p.poll() is None else f"exit code {p.returncode}" for p in processes]
@@ -52,7 +56,7 @@ def run(commands: Sequence[Sequence[str]], timeout: float, env: dict[str, str] |
         outputs = [log.read_text(errors="replace") for log in logs]
     if any(p.returncode for p in processes):
         shown = "".join(f"\n---- rank {i}: {v}\n{o[-6000:]}" for i, (v, o) in enumerate(zip(verdict, outputs, strict=True)))
-        raise AssertionError(f"ranks failed, or took more than {timeout:g} s{shown}")
+        raise AssertionError(f"ranks failed, or were silent for more than {timeout:g} s{shown}")
     return outputs
 
 

@@ -82,5 +82,5 @@ def test_accelerate_without_fsdp1_needs_no_group(results):
 
 
 def test_hanging_ranks_are_killed_and_heard():
-    with pytest.raises(AssertionError, match=r"took more than 15 s(.|\n)*rank 1 waits"):
-        launch("tests.distributed.workers:hang", world=2, timeout=15)
+    with pytest.raises(AssertionError, match=r"silent for more than 25 s(.|\n)*rank 1 waits"):
+        launch("tests.distributed.workers:hang", world=2, timeout=25)
