@@ -8,8 +8,6 @@ BIN := $(VENV)/bin
 # two busy OpenMP processes on two cores are several times slower than two single-threaded ones
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
-# most files of the packages are never imported, so none is compiled before it is
-export PIP_COMPILE ?= 0
 
 .PHONY: demo test bench test-transformers4 test-deepspeed check clean
 
