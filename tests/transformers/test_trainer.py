@@ -1,5 +1,6 @@
 """Real Trainer runs with --optim elra_*."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,15 @@ from .jobs import arguments, bert, logs, run
 ROOT = Path(__file__).parents[2]
 NAMES = {"elra_c2min": ElraC2Min, "elra_p2min": ElraP2Min, "elra_adamw": ElraAdamW}
 every = pytest.mark.parametrize("optim", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """TrainingArguments of transformers 4 leave bf16 and torch_compile in the environment, and later ones obey it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def python(code: str) -> subprocess.CompletedProcess:
