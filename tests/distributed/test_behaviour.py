@@ -1,11 +1,12 @@
 """What is refused, what ``check_sync`` finds, and the ways in which a step is delayed, skipped or uneven. 2 ranks."""
 
 import re
+import sys
 
 import pytest
 import torch
 
-from .harness import launch, shared
+from .harness import launch, run, shared
 from .setups import SETUPS, VARIANTS, train_alone
 
 
@@ -84,3 +85,9 @@ def test_accelerate_without_fsdp1_needs_no_group(results):
 def test_hanging_ranks_are_killed_and_heard():
     with pytest.raises(AssertionError, match=r"silent for more than 25 s(.|\n)*rank 1 waits"):
         launch("tests.distributed.workers:hang", world=2, timeout=25)
+
+
+def test_slow_ranks_that_talk_are_left_alone():
+    code = "import time\nfor i in range(8): print(i, flush=True); time.sleep(1)"
+    (said,) = run([[sys.executable, "-c", code]], timeout=5)
+    assert said.split()[-1] == "7"
