@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .bucket import Bucket
 from .directions import Direction, dots, log_sizes
 from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
-from .rules import STRAIGHT, TREND_MEMORY, Rule
+from .rules import RECORD, STRAIGHT, TREND_MEMORY, Rule
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -289,6 +289,8 @@ class Elra(Optimizer):
         square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
 
         # adapt
+        present = [group for group in self.param_groups if not self._absent(group)] or self.param_groups
+        longest = present[0]["longest"]
         weights = self._weights()
         dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, total.unbind(1), strict=False))
         for name in ("clock", "steps"):
@@ -297,13 +299,12 @@ class Elra(Optimizer):
         if self.rule.clock == "overshoots":
             trends = self._trends(dots)
             dots["trend"] = self._of_cells(trends)
+            dots["record"] = square > RECORD**2 * longest
         alphas = self._alphas(params)
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
         bad = ~torch.isfinite(square)
         shrink = torch.full_like(square, self.restart_factor)
-        present = [group for group in self.param_groups if not self._absent(group)] or self.param_groups
-        longest = present[0]["longest"]
         if "pp" in dots:
             exploded = (dots["pp"].sum() > 0) & torch.isfinite(square) & (square > NORM_EXPLOSION**2 * longest)
             bad = bad | exploded

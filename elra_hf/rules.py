@@ -5,7 +5,8 @@ Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in st
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
 Of the run it gets ``steps`` (taken so far), ``clock``, by which it settles, ``weight``, how much the last step says about the
 schedule's full rate, in [0, 1]: in a warm-up the share that was reached, for α must not undo it; in a decay see
-`Elra._weights`; and, if it counts overshoots, ``trend``.
+`Elra._weights`; and, if it counts overshoots, ``trend`` and ``record``, whether ‖G_t‖ is more than `RECORD` times the longest of
+late.
 A relative rule gets its products as a matrix, a row a cell, and a column a tensor if tensors vote (zeros where there is none),
 else one column; and with them ``size``, the number of entries of each, and ``scale``, the geometric mean of |x_1| over the
 entries where neither it nor G_1 is 0 (0: there are none).
@@ -33,9 +34,12 @@ STRAIGHT = 0.95
 # Steps after which c2min takes a straight one for a cosine of at least 1/2. Where the least cosine did not fall, but stayed at
 # 1/2 or 1/3, or fell half as fast, rates of small CNNs rose past the best one before the loss had sharpened.
 HASTE = 8.0
-# A cosine of successive gradients below this is not noise: the step has gone far beyond the edge of stability, where iterates
-# grow faster than a settled rate falls. Characters from scratch pass -0.9 in their first steps, and are the worse for a fall.
+# A cosine of successive gradients below this turns them round. By itself it may still be noise: where one direction has nearly
+# all of the gradient, as the bias of a classifier of two classes, any two batches are at +1 or -1. Characters from scratch pass
+# -0.9 in their first steps, and are the worse for a fall.
 TURN = -0.95
+# A gradient turned round and this many times as long as the longest of late is none.
+RECORD = 2.0
 
 
 class Rule(Protocol):
@@ -91,7 +95,7 @@ def check_horizon(horizon: float) -> None:
 
 
 def settled(horizon: float, dots: Dots, cos: Tensor) -> Tensor:
-    """Share of the rule that is left: 1 / (1 + n/horizon) after n overshoots, all of it below `TURN`, times the step's weight.
+    """Share of the rule that is left: 1 / (1 + n/horizon) after n overshoots, times the step's weight.
 
     Source: Kesten, Accelerated Stochastic Approximation, 1958, who let the steps themselves shrink so; here it is the steps of
     log α. Until there are overshoots all of the rule is left. With them it has found the rate, and what follows is mostly
@@ -99,12 +103,17 @@ def settled(horizon: float, dots: Dots, cos: Tensor) -> Tensor:
     to 0 as the rate rises to the best one and beyond; after a hundred it rests at +0.02…+0.05 at the best rate and at far too
     high ones alike (the bench's `cosines`).
 
+    All of it is left, too, for a fall that noise does not call for, since beyond the edge of stability iterates grow faster
+    than a settled rate falls: when some 16 steps in a row have overshot, as `STRAIGHT` counts them, and when the gradient is
+    turned round and a record.
+
     Args:
         horizon: > 0.
         dots: what the rule was given.
         cos: the cosine of successive gradients.
     """
-    return dots["weight"] * torch.where(cos < TURN, 1.0, 1.0 / (1.0 + dots["clock"] / horizon))
+    sure = (cos < 0) & (dots["trend"] < -STRAIGHT) | (cos < TURN) & dots["record"]
+    return dots["weight"] * torch.where(sure, 1.0, 1.0 / (1.0 + dots["clock"] / horizon))
 
 
 @dataclass(frozen=True)

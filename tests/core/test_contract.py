@@ -388,8 +388,9 @@ def test_the_rate_settles_with_the_overshoots(cls):
 
 
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_a_settled_rate_falls_where_steps_turn_round(cls):
-    """Beyond the edge of stability iterates grow at every step; a rate that fell by a settled share would be too late."""
+@pytest.mark.parametrize(("growth", "steps"), [(2.5, 6), (1.0, 30)])
+def test_a_settled_rate_falls_where_steps_turn_round(cls, growth, steps):
+    """Beyond the edge of stability every step overshoots, and far beyond it the iterates grow at once."""
     rng = torch.Generator().manual_seed(0)
     x = torch.zeros(50, requires_grad=True)
     optimizer = cls([x], lr=1.0)
@@ -397,11 +398,32 @@ def test_a_settled_rate_falls_where_steps_turn_round(cls):
         x.grad = torch.randn(50, generator=rng)
         optimizer.step()
     settled = optimizer.param_groups[0]["alpha"].item()
-    for t in range(6):
-        x.grad = torch.full((50,), (-1.0) ** t)
+    for t in range(steps):
+        x.grad = torch.full((50,), (-growth) ** t)
         optimizer.step()
     assert optimizer.param_groups[0]["clock"].item() > 100
+    assert optimizer.param_groups[0]["restarts"].item() == 0
     assert optimizer.param_groups[0]["alpha"].item() < settled / 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_noise_along_one_direction_does_not_kill_the_rate(cls, seed):
+    """As of the bias of a classifier of two classes: every cosine is +1 or -1, and says nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    direction = torch.randn(50, generator=rng)
+    alphas = []
+    for horizon in (cls([X]).rule.horizon, math.inf):
+        x = torch.zeros(50, requires_grad=True)
+        optimizer = cls([x], lr=1.0, horizon=horizon, bounds=(1e-30, 1e30))
+        for t in range(2000):
+            x.grad = direction * torch.randn(1, generator=rng)
+            optimizer.step()
+            if t == 100:
+                early = optimizer.param_groups[0]["alpha"].item()
+        alphas.append(optimizer.param_groups[0]["alpha"].item() / early)
+    assert alphas[0] > 0.01
+    assert alphas[1] < 1e-10
 
 
 def test_a_small_cosine_that_never_turns_raises_the_rate_of_c2min():
