@@ -5,7 +5,7 @@ Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in st
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
 Of the run it gets ``steps`` (taken so far), ``clock``, by which it settles, ``weight``, how much the last step says about the
 schedule's full rate, in [0, 1]: in a warm-up the share that was reached, for α must not undo it; in a decay see
-`Elra._weights`; and, if it counts overshoots, ``trend`` and ``record``, whether ‖G_t‖ is more than `RECORD` times the longest of
+`Elra._weights`; and, if it counts overshoots, ``trend``, and ``record``, whether ‖G_t‖ is above `RECORD` times the longest of
 late.
 A relative rule gets its products as a matrix, a row a cell, and a column a tensor if tensors vote (zeros where there is none),
 else one column; and with them ``size``, the number of entries of each, and ``scale``, the geometric mean of |x_1| over the
@@ -38,7 +38,7 @@ HASTE = 8.0
 # all of the gradient, as the bias of a classifier of two classes, any two batches are at +1 or -1. Characters from scratch pass
 # -0.9 in their first steps, and are the worse for a fall.
 TURN = -0.95
-# A gradient turned round and this many times as long as the longest of late is none.
+# Turned round and this many times as long as the longest of late, a gradient is no noise.
 RECORD = 2.0
 
 
