@@ -103,16 +103,16 @@ def settled(horizon: float, dots: Dots, cos: Tensor) -> Tensor:
     to 0 as the rate rises to the best one and beyond; after a hundred it rests at +0.02…+0.05 at the best rate and at far too
     high ones alike (the bench's `cosines`).
 
-    All of it is left, too, for a fall that noise does not call for, since beyond the edge of stability iterates grow faster
-    than a settled rate falls: when some 16 steps in a row have overshot, as `STRAIGHT` counts them, and when the gradient is
-    turned round and a record.
+    All of it is left, too, where steps are turned round and this is no noise, since beyond the edge of stability iterates grow
+    faster than a settled rate falls: when some 16 steps in a row have overshot, as `STRAIGHT` counts them, or the gradient is
+    a record. Overshoots alone are not enough: rates of a CNN on clothes then fell to a seventh, and below the best one.
 
     Args:
         horizon: > 0.
         dots: what the rule was given.
         cos: the cosine of successive gradients.
     """
-    sure = (cos < 0) & (dots["trend"] < -STRAIGHT) | (cos < TURN) & dots["record"]
+    sure = (cos < TURN) & ((dots["trend"] < -STRAIGHT) | dots["record"])
     return dots["weight"] * torch.where(sure, 1.0, 1.0 / (1.0 + dots["clock"] / horizon))
 
 

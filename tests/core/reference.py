@@ -43,7 +43,7 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
                     trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
                 straight = taken if trend > 0.95 and g @ d_prev > 0 else np.inf
                 turned = g @ g_prev < -0.95 * size * np.linalg.norm(g_prev)
-                sure = (trend < -0.95 and g @ g_prev < 0) or (turned and size > 2 * longest)
+                sure = turned and (trend < -0.95 or size > 2 * longest)
                 left = peak if sure else peak / (1 + overshoots / horizon)
                 alpha = clamp(alpha * factor(g, g_prev, d_prev, left, straight))
                 overshoots = overshoots + peak if trend < 0 else overshoots if trend < 0.95 else 0.0
