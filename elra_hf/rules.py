@@ -34,9 +34,9 @@ STRAIGHT = 0.95
 # Steps after which c2min takes a straight one for a cosine of at least 1/2. Where the least cosine did not fall, but stayed at
 # 1/2 or 1/3, or fell half as fast, rates of small CNNs rose past the best one before the loss had sharpened.
 HASTE = 8.0
-# A cosine of successive gradients below this turns them round. By itself it may still be noise: where one direction has nearly
-# all of the gradient, as the bias of a classifier of two classes, any two batches are at +1 or -1. Characters from scratch pass
-# -0.9 in their first steps, and are the worse for a fall.
+# A cosine of successive gradients below this turns them round. By itself it may still be noise: a transformer from scratch puts
+# out nearly the same for every text, so that with two classes the gradient of any batch is one direction, with the sign of the
+# class that it has more of. Characters from scratch pass -0.9 in their first steps, and are the worse for a fall.
 TURN = -0.95
 # Turned round and this many times as long as the longest of late, a gradient is no noise.
 RECORD = 2.0

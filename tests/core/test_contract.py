@@ -407,9 +407,9 @@ def test_a_settled_rate_falls_where_steps_turn_round(cls, growth, steps):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_noise_along_one_direction_does_not_kill_the_rate(cls, seed):
-    """As of the bias of a classifier of two classes: every cosine is +1 or -1, and says nothing."""
+@pytest.mark.parametrize(("cls", "least"), [(ElraC2Min, 0.1), (ElraP2Min, 0.01)])  # p2min has no bound downwards
+def test_noise_along_one_direction_does_not_kill_the_rate(cls, least, seed):
+    """As where nearly all of the gradient is one direction's: every cosine is +1 or -1, and says nothing."""
     rng = torch.Generator().manual_seed(seed)
     direction = torch.randn(50, generator=rng)
     alphas = []
@@ -422,7 +422,7 @@ def test_noise_along_one_direction_does_not_kill_the_rate(cls, seed):
             if t == 100:
                 early = optimizer.param_groups[0]["alpha"].item()
         alphas.append(optimizer.param_groups[0]["alpha"].item() / early)
-    assert alphas[0] > 0.01
+    assert alphas[0] > least
     assert alphas[1] < 1e-10
 
 

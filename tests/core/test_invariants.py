@@ -342,10 +342,8 @@ def test_a_warm_up_is_waited_for():
     assert group["clock"] == pytest.approx(0.01 * sum(range(14)))
 
 
-@pytest.mark.parametrize("seed", range(8))
-@euclidean
-def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls, seed):
-    """On a narrow valley the rate climbs when the schedule shortens the steps; it must find its way back."""
+def decayed(cls, seed):
+    """Losses on a narrow valley, where the rate climbs when a linear schedule shortens the steps."""
     curvature = torch.logspace(0, -4, 100, dtype=torch.float64)
     x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     optimizer = cls([x])
@@ -358,7 +356,18 @@ def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls, seed):
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    assert min(losses[-20:]) <= 1.05 * min(losses)  # they rise for some steps whenever the rate tries more
+    return losses
+
+
+@pytest.mark.parametrize("seed", range(8))
+@euclidean
+def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls, seed, request):
+    """It must find its way back from what it tries; at the very last step it may not have."""
+    losses = decayed(cls, seed)
+    assert min(losses[-20:]) <= 1.05 * min(losses)
+    if (cls, seed) in {(ElraC2Min, 0), (ElraP2Min, 1)}:
+        request.applymarker(pytest.mark.xfail(reason="the rate tries more in the last steps: 1.13 and 21 times the least loss"))
+    assert losses[-1] <= 1.05 * min(losses)  # they rise for a step or two whenever the rate tries more
 
 
 @pytest.mark.parametrize("share", [1.0, 0.01])
