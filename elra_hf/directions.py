@@ -75,6 +75,11 @@ def log_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
     return torch.stack([torch.stack(logs), torch.stack([use.sum() for use in used])], 1).to(dtype)
 
 
+def square_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
+    """Σ x_i² over the entries of each tensor where g_i ≠ 0, shape (tensors, 1); as to the others see `log_sizes`."""
+    return torch.stack([torch.where(g != 0, x, 0.0).to(dtype).square().sum() for x, g in zip(xs, grads, strict=True)])[:, None]
+
+
 def add_scaled(xs: Tensors, ys: Tensors | tuple[Tensor, ...], scale: Tensor) -> None:
     """Add scale·y to x for each pair and a 0-dim ``scale``."""
     torch._foreach_add_(xs, torch._foreach_mul(ys, scale.to(xs[0].dtype)))

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from .bucket import Bucket
-from .directions import Direction, dots, log_sizes
+from .directions import Direction, dots, log_sizes, square_sizes
 from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
-from .rules import RECORD, STRAIGHT, TREND_MEMORY, Rule
+from .rules import RECORD, SHORT, STRAIGHT, TREND_MEMORY, Rule
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -47,6 +47,7 @@ SCALARS = {
     "trend": 1.0,
     "longest": 0.0,
     "scale": 0.0,
+    "hurdle": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,
     "first_loss": math.inf,
@@ -75,8 +76,9 @@ class Elra(Optimizer):
     saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["steps"]`` (taken so far),
     ``group["multiplier"]`` (lr / α_0 of the last step), ``group["peak"]`` (the highest so far), ``group["clock"]`` (steps or
     overshoots, less where the schedule held the rate down), ``group["trend"]`` (of steps that stop short, 1, and
-    overshoot, -1), ``group["longest"]`` (square of the longest gradient of late) and, for relative rules, ``group["scale"]``
-    (typical size of a weight at the start).
+    overshoot, -1), ``group["longest"]`` (square of the longest gradient of late), for relative rules ``group["scale"]``
+    (typical size of a weight at the start), and for those that count overshoots ``group["hurdle"]`` (square of the length
+    that a step must have had for them to count; 0 once one had it).
 
     ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
 
@@ -296,11 +298,12 @@ class Elra(Optimizer):
         for name in ("clock", "steps"):
             dots[name] = self._of_cells([group[name] for group in self.param_groups])
         dots["weight"] = self._of_cells(weights)
-        if self.rule.clock == "overshoots":
-            trends = self._trends(dots)
-            dots["trend"] = self._of_cells(trends)
-            dots["record"] = square > RECORD**2 * longest
         alphas = self._alphas(params)
+        if self.rule.clock == "overshoots":
+            short = self._short(alphas.square() * torch.maximum(dots["gg"], dots["pp"]), total[:, len(needs) + 1])
+            trends = self._trends(dots, short)
+            dots |= {"trend": self._of_cells(trends), "short": self._of_cells(short)}
+            dots["record"] = square > RECORD**2 * longest
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
         bad = ~torch.isfinite(square)
@@ -359,6 +362,7 @@ class Elra(Optimizer):
                 clock = torch.where(trend < 0, clock + weights[index], torch.where(trend < STRAIGHT, clock, 0.0))
                 for name, value in (("trend", trend), ("clock", clock)):
                     group[name] = torch.where(bad, SCALARS[name], torch.where(taken, value, group[name]))
+                group["hurdle"] = torch.where(taken & ~short[index], 0.0, group["hurdle"])
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
             group["steps"] = group["steps"] + taken
@@ -366,13 +370,27 @@ class Elra(Optimizer):
             group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
 
-    def _trends(self, dots: dict[str, Tensor]) -> list[Tensor]:
-        """The trend of each group with the last step in it; see `Clock`."""
+    def _short(self, lengths: Tensor, starts: Tensor) -> list[Tensor]:
+        """Whether all steps of each group so far were too short to tell, and the next would be; see `SHORT`.
+
+        Args:
+            lengths: square of the length of a step along the longer one of G_t and G_{t-1}, of each cell.
+            starts: ‖x_1‖² of each cell, in the first step.
+        """
+        short = []
+        for index, group in enumerate(self.param_groups):
+            start = self._sum_of(starts, index)
+            group["hurdle"] = torch.where((group["steps"] == 0) & (start > 0), SHORT**2 * start, group["hurdle"])
+            short.append(self._sum_of(lengths, index) < group["hurdle"])
+        return short
+
+    def _trends(self, dots: dict[str, Tensor], short: list[Tensor]) -> list[Tensor]:
+        """The trend of each group with the last step in it, unless that was too short to tell; see `Clock`."""
         trends = []
         for index, group in enumerate(self.param_groups):
             end, moved = (self._sum_of(dots[name], index) for name in ("gd", "pp"))
             trend = TREND_MEMORY * group["trend"] + (1.0 - TREND_MEMORY) * end.sign()
-            trends.append(torch.where(moved > 0, trend, group["trend"]))
+            trends.append(torch.where((moved > 0) & ~short[index], trend, group["trend"]))
         return trends
 
     def _sum_of(self, cells: Tensor, index: int) -> Tensor:
@@ -449,15 +467,21 @@ class Elra(Optimizer):
         """This rank's inner products of each cell or tensor, by the groups that hold the rest of them, a row each.
 
         In the metric of the step taken last, where a group that moved w times as far counts w times; behind ``needs`` comes
-        ``gg`` once more, without these weights. A relative rule adds `log_sizes`, ``check_sync`` ‖x_t‖².
+        ``gg`` once more, without these weights. A relative rule adds `log_sizes`, any other `square_sizes` in the same metric,
+        as it is at the schedule's full rate, ``check_sync`` ‖x_t‖².
         """
         cells = len(splits) if self._by_tensor else 1 if self.scope == "global" else len(self.param_groups)
         # every rank enters every collective, also with nothing to add
-        columns = len(needs) + 1 + 2 * self.rule.relative + self.check_sync
+        columns = len(needs) + 2 + self.rule.relative + self.check_sync
         parts = {groups: torch.zeros(cells, columns, device=device, dtype=dtype) for groups in splits}
         for bucket in buckets:
             rows = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).to(device)
             weighted = rows[:, : len(needs)] * (0.0 if bucket.idle else bucket.group["multiplier"])
+            if bucket.new and not self.rule.relative:
+                group = bucket.group
+                full = group.get("max_lr", group.get("initial_lr", group["lr"]))
+                full = torch.zeros_like(group["alpha"]) + full / group["alpha0"]
+                rows[:, len(needs)] *= torch.where(full > 0, 1.0 / full, 0.0)
             rows = torch.cat([weighted, rows[:, len(needs) - 1 :]], 1)
             into = parts[splits[bucket.members[0]]]
             if self._by_tensor:
@@ -469,8 +493,12 @@ class Elra(Optimizer):
     def _products(self, work: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         """The inner products of each tensor, and what `_measure` adds."""
         columns = [self.direction.measure(work, needs, dtype)]
-        if self.rule.relative:
-            columns.append(log_sizes(work.params, work.grads, dtype) if work.new else columns[0].new_zeros(len(work.params), 2))
+        if not work.new:
+            columns.append(columns[0].new_zeros(len(work.params), 1 + self.rule.relative))
+        elif self.rule.relative:
+            columns.append(log_sizes(work.params, work.grads, dtype))
+        else:
+            columns.append(square_sizes(work.params, work.grads, dtype))
         if self.check_sync:
             columns.append(dots(work.params, work.params, dtype)[:, None])
         return torch.cat(columns, 1)

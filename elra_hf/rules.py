@@ -5,8 +5,8 @@ Letters: G gradient at x_t, P gradient at x_{t-1}, D direction moved along in st
 two of them in lower case (``gp`` = ⟨G_t, G_{t-1}⟩) and are taken in the metric of the direction; see `directions`.
 Of the run it gets ``steps`` (taken so far), ``clock``, by which it settles, ``weight``, how much the last step says about the
 schedule's full rate, in [0, 1]: in a warm-up the share that was reached, for α must not undo it; in a decay see
-`Elra._weights`; and, if it counts overshoots, ``trend``, and ``record``, whether ‖G_t‖ is above `RECORD` times the longest of
-late.
+`Elra._weights`; and, if it counts overshoots, ``trend``, ``record``, whether ‖G_t‖ is above `RECORD` times the longest of
+late, and ``short``, whether all steps so far were too short to tell; see `SHORT`.
 A relative rule gets its products as a matrix, a row a cell, and a column a tensor if tensors vote (zeros where there is none),
 else one column; and with them ``size``, the number of entries of each, and ``scale``, the geometric mean of |x_1| over the
 entries where neither it nor G_1 is 0 (0: there are none).
@@ -34,6 +34,11 @@ STRAIGHT = 0.95
 # Steps after which c2min takes a straight one for a cosine of at least 1/2. Where the least cosine did not fall, but stayed at
 # 1/2 or 1/3, or fell half as fast, rates of small CNNs rose past the best one before the loss had sharpened.
 HASTE = 8.0
+# Steps tell nothing before one has been this part of the weights long, α·‖G‖ ≥ SHORT·‖x_1‖ with the entries of x_1 that have
+# a gradient: they change too little for an overshoot to be more than noise between batches. The first overshoots
+# that were more came between 0.003 (a tiny BERT) and 0.2 (small CNNs). With two classes and a new head the gradient of any
+# batch may be one direction, with the sign of the class that it has more of; rates of 1e-5 fell then, and stayed there.
+SHORT = 1e-3
 # A cosine of successive gradients below this turns them round. By itself it may still be noise: a transformer from scratch puts
 # out nearly the same for every text, so that with two classes the gradient of any batch is one direction, with the sign of the
 # class that it has more of. Characters from scratch pass -0.9 in their first steps, and are the worse for a fall.
@@ -116,6 +121,11 @@ def settled(horizon: float, dots: Dots, cos: Tensor) -> Tensor:
     return dots["weight"] * torch.where(sure, 1.0, 1.0 / (1.0 + dots["clock"] / horizon))
 
 
+def too_short(dots: Dots) -> Tensor:
+    """Where there was a step, there is a gradient, and all steps so far were too short to tell."""
+    return dots["short"] & (dots["pp"] > 0) & (dots["gg"] > 0)
+
+
 @dataclass(frozen=True)
 class C2Min:
     """α_t = α_{t-1} (1 + gain·c_t) with the cosine c_t of successive gradients. Source: arXiv 2309.06274, c2min.
@@ -123,7 +133,7 @@ class C2Min:
     The gain shrinks with the overshoots; see `settled` (ours). As long as steps are straight, from the first one on, c_t is no
     less than 8/(8 + t) (ours): noise makes the cosine small at every rate, but that no step overshoots says that the rate is
     too low, and the first one, a guess made before there was a gradient, far too low. Otherwise the rate of short or noisy
-    runs would still be rising at their end.
+    runs would still be rising at their end. While steps are too short to tell it is 1; see `SHORT` (ours).
 
     Args:
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
@@ -147,6 +157,7 @@ class C2Min:
         if self.horizon < math.inf:
             straight = (dots["trend"] > STRAIGHT) & (dots["gd"] > 0)
             signal = torch.where(straight, torch.maximum(cos, HASTE / (HASTE + dots["steps"])), cos)
+            signal = torch.where(too_short(dots), 1.0, signal)
         return alpha * (1.0 + settled(self.horizon, dots, cos) * signed_gain(self.gain, signal) * signal), cos
 
 
@@ -156,6 +167,7 @@ class P2Min:
 
     q = ⟨G_t, d_{t-1}⟩ / ⟨G_{t-1}, d_{t-1}⟩;  α_t = α_{t-1} / (1 - q) where 1 - q > 1/γ, else α_{t-1}·γ.
     Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
+    While steps are too short to tell it is multiplied by γ; see `SHORT` (ours).
     The factor is drawn to 1 with the overshoots, as its power with an exponent from 1 to 0; see `settled` (ours).
 
     Args:
@@ -186,6 +198,8 @@ class P2Min:
         curved = curvature > start / self.growth_limit
         factor = torch.where(curved, start / curvature, torch.full_like(start, self.growth_limit))
         factor = torch.where(start > 0, factor, torch.ones_like(start))
+        if self.horizon < math.inf:
+            factor = torch.where(too_short(dots), self.growth_limit, factor)
         cos = cosine(dots["gp"], dots["gg"], dots["pp"])
         return alpha * factor.pow(settled(self.horizon, dots, cos)), cos
 

@@ -18,9 +18,10 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
 
 
 def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
-    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, straight)`` is its rule.
+    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, straight, short)`` is its rule.
 
-    ``left`` is the share of it that is left, ``straight`` the number of steps taken, or infinite if they are not straight.
+    ``left`` is the share of it that is left, ``straight`` the number of steps taken, or infinite if they are not straight,
+    ``short`` whether no step has been a thousandth of x_1 long.
     Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
@@ -28,9 +29,14 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
     g_prev = m = d_prev = None
     overshoots, trend, taken, longest, share, peak = 0.0, 1.0, 0, 0.0, 0.0, 0.0
     xs, alphas = [], []
+    long_enough = 0.0
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         size = np.linalg.norm(g)
+        if t == 1:
+            long_enough = 1e-3 * np.linalg.norm(x[g != 0])
+        longer = size if g_prev is None else max(size, np.linalg.norm(g_prev))
+        short = alpha * np.sqrt(share) * longer < long_enough and np.isfinite(horizon)
         if g_prev is not None and size > 10.0 * longest:
             x = x + alpha * share * d_prev
             alpha = clamp(alpha * min(1 / 3, longest / size))
@@ -39,13 +45,13 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
             if g_prev is None:
                 m = d = g
             else:
-                if share > 0:
+                if share > 0 and not short:
                     trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
                 straight = taken if trend > 0.95 and g @ d_prev > 0 else np.inf
                 turned = g @ g_prev < -0.95 * size * np.linalg.norm(g_prev)
                 sure = turned and (trend < -0.95 or size > 2 * longest)
                 left = peak if sure else peak / (1 + overshoots / horizon)
-                alpha = clamp(alpha * factor(g, g_prev, d_prev, left, straight))
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, left, straight, short))
                 overshoots = overshoots + peak if trend < 0 else overshoots if trend < 0.95 else 0.0
                 m = beta1 * m + (1 - beta1) * g_prev
                 d = (1 - beta2) * g + beta2 * m
@@ -53,6 +59,7 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
             peak = max(peak, share)
             x = x - alpha * share * d
             g_prev, d_prev, taken = g, d, taken + 1
+            long_enough = long_enough if short else 0.0
             longest = max(np.sqrt(0.98) * longest, size)
         xs.append(x.copy())
         alphas.append(alpha)
@@ -64,18 +71,22 @@ def constant(t: int) -> float:
 
 
 def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
-    def factor(g, g_prev, d_prev, left, straight):
+    def factor(g, g_prev, d_prev, left, straight, short):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
         if np.isfinite(straight) and np.isfinite(horizon):
             c = max(c, 8 / (8 + straight))
+        if short:
+            c = 1.0
         return 1 + left * (gain[0] if c < 0 else gain[1]) * c
 
     return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
 
 
 def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
-    def factor(g, g_prev, d_prev, left, straight):
+    def factor(g, g_prev, d_prev, left, straight, short):
         start, end = g_prev @ d_prev, g @ d_prev
+        if short:
+            return growth_limit**left
         if start <= 0:
             return 1.0
         q = end / start

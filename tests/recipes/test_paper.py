@@ -212,7 +212,7 @@ def test_an_epoch_is_all_full_batches():
 
 
 def dots(gg: float, gp: float, pp: float) -> dict[str, torch.Tensor]:
-    of_run = {"clock": 0.0, "weight": 1.0, "trend": 0.0, "record": False}
+    of_run = {"clock": 0.0, "weight": 1.0, "trend": 0.0, "record": False, "short": torch.tensor(False)}
     return {name: torch.tensor([x]) for name, x in {"gg": gg, "gp": gp, "pp": pp, **of_run}.items()}
 
 
