@@ -458,6 +458,85 @@ def test_steps_without_an_overshoot_start_the_clock_anew(cls):
     assert clocks[-1] == 0
 
 
+def along_one_line(optimizer, params, signs, size=1.0):
+    """Gradients of one direction with these signs, and the rates."""
+    alphas = []
+    for sign in signs:
+        for p in params:
+            p.grad = torch.full_like(p, sign * size)
+        optimizer.step()
+        alphas.append(optimizer.param_groups[0]["alpha"].item())
+    return alphas
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+@pytest.mark.parametrize(("cls", "most"), [(ElraC2Min, 1.5), (ElraP2Min, 2.0)])
+def test_no_overshoot_counts_before_a_step_is_a_thousandth_of_the_weights(cls, most, scope):
+    """So that noise of one direction and either sign neither lowers nor settles a first rate that is far too low."""
+    x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x], lr=1e-8, scope=scope)
+    signs = torch.randint(0, 2, (60,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    alphas = along_one_line(optimizer, [x], signs.tolist())
+    enough = next(t for t, alpha in enumerate(alphas) if alpha >= 3e-3)
+    assert alphas[: enough + 1] == pytest.approx([1e-8 * most**t for t in range(enough + 1)])
+    assert optimizer.param_groups[0]["clock"] > 0
+    assert not optimizer.param_groups[0]["hurdle"]
+    assert 1e-4 < alphas[-1] < 0.1
+
+
+@pytest.mark.parametrize("lr", [3.1e-3, 1.0])
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_first_step_that_is_long_enough_is_turned_round_at_once(cls, lr):
+    """Also where hardly a gradient is left after it."""
+    for left in (1.0, 1e-6):
+        x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
+        optimizer = cls([x], lr=lr)
+        along_one_line(optimizer, [x], [1.0])
+        alphas = along_one_line(optimizer, [x], [-1.0, -1.0, 1.0], left)
+        assert alphas[0] < lr
+        assert not optimizer.param_groups[0]["hurdle"]
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_what_does_not_move_is_no_part_of_the_weights_that_a_step_is_compared_with(cls):
+    """Rows of an embedding that the first batch does not use, and groups that stand still."""
+    rates = []
+    for more in (0.0, 1e6):
+        x = torch.cat([torch.full((100,), 3.0), torch.full((50,), more)]).requires_grad_()
+        still = torch.full((7,), more, requires_grad=True)
+        optimizer = cls([{"params": [x]}, {"params": [still], "lr": 0.0}])
+        for t in range(30):
+            x.grad = torch.cat([torch.ones(100), torch.zeros(50)]) * (-1) ** t
+            still.grad = torch.ones(7)
+            optimizer.step()
+        rates.append(optimizer.param_groups[0]["alpha"].item())
+        assert not optimizer.param_groups[0]["hurdle"]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_weights_that_start_at_zero_let_every_step_tell(cls):
+    x = torch.zeros(10, requires_grad=True)
+    assert along_one_line(cls([x]), [x], [1.0, -1.0])[-1] < 1e-5
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_steps_get_no_longer_before_they_tell_in_a_warm_up(cls):
+    longest = []
+    for warmup in (1, 50):
+        x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
+        optimizer = cls([x])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t, warmup=warmup: min(t / warmup, 1.0))
+        steps = []
+        for t in range(80):
+            alpha = along_one_line(optimizer, [x], [(-1) ** t])[-1]
+            steps.append(alpha * optimizer.param_groups[0]["multiplier"].item() * 10 / 30)  # of the weights
+            scheduler.step()
+        longest.append(max(steps))
+    assert 1e-3 < longest[0] < 3e-3
+    assert longest[1] < longest[0]
+
+
 @every
 def test_an_exploded_loss_takes_the_last_step_back(cls):
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
