@@ -31,9 +31,6 @@ Dots = Mapping[str, Tensor]
 Clock = Literal["steps", "overshoots"]
 TREND_MEMORY = 0.8
 STRAIGHT = 0.95
-# Steps after which c2min takes a straight one for a cosine of at least 1/2. Where the least cosine did not fall, but stayed at
-# 1/2 or 1/3, or fell half as fast, rates of small CNNs rose past the best one before the loss had sharpened.
-HASTE = 8.0
 # Steps tell nothing before one has been this part of the weights long, α·‖G‖ ≥ SHORT·‖x_1‖ with the entries of x_1 that have
 # a gradient: they change too little for an overshoot to be more than noise between batches. The first overshoots
 # that were more came between 0.003 (a tiny BERT) and 0.2 (small CNNs). With two classes and a new head the gradient of any
@@ -130,10 +127,8 @@ def too_short(dots: Dots) -> Tensor:
 class C2Min:
     """α_t = α_{t-1} (1 + gain·c_t) with the cosine c_t of successive gradients. Source: arXiv 2309.06274, c2min.
 
-    The gain shrinks with the overshoots; see `settled` (ours). As long as steps are straight, from the first one on, c_t is no
-    less than 8/(8 + t) (ours): noise makes the cosine small at every rate, but that no step overshoots says that the rate is
-    too low, and the first one, a guess made before there was a gradient, far too low. Otherwise the rate of short or noisy
-    runs would still be rising at their end. While steps are too short to tell it is 1; see `SHORT` (ours).
+    The gain shrinks with the overshoots; see `settled` (ours). While steps are too short to tell c_t is taken for 1; see
+    `SHORT` (ours).
 
     Args:
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
@@ -153,11 +148,7 @@ class C2Min:
 
     def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
         cos = cosine(dots["gp"], dots["gg"], dots["pp"])
-        signal = cos
-        if self.horizon < math.inf:
-            straight = (dots["trend"] > STRAIGHT) & (dots["gd"] > 0)
-            signal = torch.where(straight, torch.maximum(cos, HASTE / (HASTE + dots["steps"])), cos)
-            signal = torch.where(too_short(dots), 1.0, signal)
+        signal = torch.where(too_short(dots), 1.0, cos) if self.horizon < math.inf else cos
         return alpha * (1.0 + settled(self.horizon, dots, cos) * signed_gain(self.gain, signal) * signal), cos
 
 

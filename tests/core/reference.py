@@ -18,16 +18,15 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
 
 
 def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
-    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, straight, short)`` is its rule.
+    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, short)`` is its rule.
 
-    ``left`` is the share of it that is left, ``straight`` the number of steps taken, or infinite if they are not straight,
-    ``short`` whether no step has been a thousandth of x_1 long.
+    ``left`` is the share of it that is left, ``short`` whether no step has been a thousandth of x_1 long.
     Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
     g_prev = m = d_prev = None
-    overshoots, trend, taken, longest, share, peak = 0.0, 1.0, 0, 0.0, 0.0, 0.0
+    overshoots, trend, longest, share, peak = 0.0, 1.0, 0.0, 0.0, 0.0
     xs, alphas = [], []
     long_enough = 0.0
     for t in range(1, steps + 1):
@@ -47,18 +46,17 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
             else:
                 if share > 0 and not short:
                     trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
-                straight = taken if trend > 0.95 and g @ d_prev > 0 else np.inf
                 turned = g @ g_prev < -0.95 * size * np.linalg.norm(g_prev)
                 sure = turned and (trend < -0.95 or size > 2 * longest)
                 left = peak if sure else peak / (1 + overshoots / horizon)
-                alpha = clamp(alpha * factor(g, g_prev, d_prev, left, straight, short))
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, left, short))
                 overshoots = overshoots + peak if trend < 0 else overshoots if trend < 0.95 else 0.0
                 m = beta1 * m + (1 - beta1) * g_prev
                 d = (1 - beta2) * g + beta2 * m
             share = schedule(t)
             peak = max(peak, share)
             x = x - alpha * share * d
-            g_prev, d_prev, taken = g, d, taken + 1
+            g_prev, d_prev = g, d
             long_enough = long_enough if short else 0.0
             longest = max(np.sqrt(0.98) * longest, size)
         xs.append(x.copy())
@@ -71,10 +69,8 @@ def constant(t: int) -> float:
 
 
 def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
-    def factor(g, g_prev, d_prev, left, straight, short):
+    def factor(g, g_prev, d_prev, left, short):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
-        if np.isfinite(straight) and np.isfinite(horizon):
-            c = max(c, 8 / (8 + straight))
         if short:
             c = 1.0
         return 1 + left * (gain[0] if c < 0 else gain[1]) * c
@@ -83,7 +79,7 @@ def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.
 
 
 def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
-    def factor(g, g_prev, d_prev, left, straight, short):
+    def factor(g, g_prev, d_prev, left, short):
         start, end = g_prev @ d_prev, g @ d_prev
         if short:
             return growth_limit**left

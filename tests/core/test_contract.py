@@ -427,12 +427,12 @@ def test_noise_along_one_direction_does_not_kill_the_rate(cls, least, seed):
     assert alphas[1] < 1e-10
 
 
-def test_a_small_cosine_that_never_turns_raises_the_rate_of_c2min():
-    """Noise makes the cosine small at every rate; that it stays positive says that the rate is far too low."""
+def test_a_small_cosine_raises_a_rate_of_c2min_that_is_far_too_low():
+    """Noise makes the cosine small at every rate; that steps are short says that it is no reason to be slow."""
     rng = torch.Generator().manual_seed(0)
     factors = []
     for horizon in (2.0, math.inf):
-        x = torch.zeros(10_000, requires_grad=True)
+        x = torch.ones(10_000, requires_grad=True)
         optimizer = ElraC2Min([x], horizon=horizon)
         cosines = []
         for _ in range(60):
@@ -441,7 +441,7 @@ def test_a_small_cosine_that_never_turns_raises_the_rate_of_c2min():
             cosines.append(optimizer.param_groups[0]["cos"].item())
         assert max(cosines) < 0.15
         factors.append(optimizer.param_groups[0]["alpha"].item() / 1e-5)
-    assert factors[0] > 1000 > 20 > factors[1] > 1
+    assert factors[0] > 100 > 20 > factors[1] > 1
 
 
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
