@@ -325,7 +325,8 @@ class Elra(Optimizer):
         if self.check_sync:
             # also of what is whole on every rank, since the sum takes that from one rank only
             seen = torch.stack([total, parts.get((), total)])
-            require_same(seen[..., -1], seen[..., :-1], bounded)
+            products = len(needs) + 1
+            require_same(seen[..., products:], seen[..., :products], bounded)
 
         # update
         undo = self.direction.backtracks or loss is not None
