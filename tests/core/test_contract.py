@@ -537,6 +537,27 @@ def test_steps_get_no_longer_before_they_tell_in_a_warm_up(cls):
     assert longest[1] < longest[0]
 
 
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_late_group_raises_no_hurdle_again(cls):
+    x = torch.full((100,), 3.0, requires_grad=True)
+    late = torch.full((100,), 1e3, requires_grad=True)
+    optimizer = cls([x], lr=0.1)
+    along_one_line(optimizer, [x], [1, -1])
+    optimizer.add_param_group({"params": [late]})
+    along_one_line(optimizer, [x, late], [1, -1, 1], 1e-3)
+    assert not any(group["hurdle"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_restart_raises_no_rate_while_steps_are_short(cls):
+    x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x], lr=1e-6)
+    before = along_one_line(optimizer, [x], [1.0, 1.0, 1.0])[-1]
+    lowered, kept, raised = along_one_line(optimizer, [x], [math.nan, 1.0, 1.0])
+    assert lowered == kept == pytest.approx(before / 3)
+    assert raised > kept
+
+
 @every
 def test_an_exploded_loss_takes_the_last_step_back(cls):
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
