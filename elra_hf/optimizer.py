@@ -374,6 +374,8 @@ class Elra(Optimizer):
     def _short(self, lengths: Tensor, starts: Tensor) -> list[Tensor]:
         """Whether all steps of each group so far were too short to tell, and the next would be; see `SHORT`.
 
+        Sets ``group["hurdle"]`` in the first step.
+
         Args:
             lengths: square of the length of a step along the longer one of G_t and G_{t-1}, of each cell.
             starts: ‖x_1‖² of each cell, in the first step.
