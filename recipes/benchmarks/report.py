@@ -28,12 +28,13 @@ from .run import (
     compare,
     curve_steps,
     default_optimizers,
+    in_suite,
     load,
     number,
     varied,
 )
 from .start_rates import PLATEAU, alpha_curves, plateau_table, start_rate_curves
-from .tasks import TASKS, find
+from .tasks import find
 
 Rows = list[Row]
 Entries = dict[str, Rows]  # label of an optimizer with its configuration → its runs with the reporting seeds
@@ -239,14 +240,15 @@ def verdict(name: str, tables: Mapping[str, Entries]) -> str:
 
 
 def missing(done: Done, tasks: Sequence[str]) -> list[str]:
-    """What the quick suite, or the studies that the file holds tasks of, lack."""
+    """What the suite, or the studies, that the file holds tasks of lack."""
     variations = {task.partition("@")[2] for task in tasks}
     studies = [study for study, of in VARIATIONS.items() if variations & set(of)]
-    wanted = [task for study in studies for task in varied(study, VARIED)] or [n for n, task in TASKS.items() if task.quick]
-    optimizers = default_optimizers(studies[0] if studies else "compare", "quick")
+    suite = "quick" if any(find(task).quick for task in tasks) else "full"
+    wanted = [task for study in studies for task in varied(study, VARIED)] or in_suite(suite)
     lines = []
     for task in tasks:
         steps = next(run.steps for run in done if run.task == task)
+        optimizers = default_optimizers(studies[0] if studies else "compare", suite, task)
         lacking = []
         for name in OPTIMIZERS:
             known = any((run.task, run.optimizer) == (task, name) for run in done)

@@ -489,11 +489,22 @@ def execute(
                     progress.print(f"{row['status']}: {' '.join(map(str, run))}: {told}", soft_wrap=True, highlight=False)
 
 
-def default_optimizers(study: str, suite: str) -> list[str]:
-    """Those that run when none are named."""
+def in_suite(suite: str) -> list[str]:
+    """The tasks of the quick suite, or of the full one: those that it lacks."""
+    return [name for name, task in TASKS.items() if task.quick == (suite == "quick")]
+
+
+def default_optimizers(study: str, suite: str, task: str) -> list[str]:
+    """Those that run on a task when none are named.
+
+    On a transformer of the full suite AdamW's sweep is the only one, since each of the others would take hours.
+    """
     if study in VARIATIONS:
         return [name for name, declared in OPTIMIZERS.items() if declared.ours or name == "adamw"]
-    return [name for name, declared in OPTIMIZERS.items() if suite == "full" or declared.quick]
+    if suite == "quick":
+        return [name for name, declared in OPTIMIZERS.items() if declared.quick]
+    sweeps = find(task).kind != "transformer"
+    return [name for name, declared in OPTIMIZERS.items() if sweeps or declared.rate is not None or name == "adamw"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -502,7 +513,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m recipes.benchmarks run", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--suite", choices=("quick", "full"), default="quick", help="tasks and optimizers of compare and start-rates"
+        "--suite",
+        choices=("quick", "full"),
+        default="quick",
+        help="tasks and optimizers of compare and start-rates; full: the tasks that quick lacks, with all optimizers",
     )
     parser.add_argument("--study", choices=tuple(STUDIES), default="compare", help="what to find out")
     parser.add_argument("--tasks", nargs="+", help="instead of the suite's or the study's")
@@ -519,8 +533,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for option, value in {"--seeds": args.seeds, "--steps": args.steps or 1, "--workers": args.workers}.items():
         if value < 1:
             parser.error(f"{option} {value} is invalid: give a number >= 1")
-    in_suite = TASKS if args.suite == "full" else {name: task for name, task in TASKS.items() if task.quick}
-    tasks = args.tasks or (VARIED if args.study in VARIATIONS else list(in_suite))
+    tasks = args.tasks or (VARIED if args.study in VARIATIONS else in_suite(args.suite))
     if args.study in VARIATIONS:
         tasks = varied(args.study, tasks)
     for name in tasks:
@@ -528,15 +541,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             find(name)
         except ValueError as error:
             sys.exit(f"--tasks {name}: {error}")
-    optimizers = args.optimizers or default_optimizers(args.study, args.suite)
-    for name in optimizers:
+    optimizers = {task: args.optimizers or default_optimizers(args.study, args.suite, task) for task in tasks}
+    skipped = set()
+    for name in dict.fromkeys(name for names in optimizers.values() for name in names):
         if name not in OPTIMIZERS:
             sys.exit(f"--optimizers {name}: no such name. Known: {', '.join(OPTIMIZERS)}")
-    for name in optimizers[:]:
-        told = OPTIMIZERS[name].missing()
-        if told:
+        if told := OPTIMIZERS[name].missing():
             print(f"{name} is skipped: {told}", file=sys.stderr)
-            optimizers.remove(name)
+            skipped.add(name)
     path = args.results or RESULTS / f"{args.study if args.study in VARIATIONS else args.suite}.csv"
     seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + args.seeds)
     study = functools.partial(at_rates, args.rates) if args.rates else STUDIES[args.study]
@@ -544,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def wanted(done: Done) -> tuple[list[Run], list[tuple[str, str]]]:
         now, later = [], []
         for task in tasks:
-            for optimizer in optimizers:
+            for optimizer in [name for name in optimizers[task] if name not in skipped]:
                 lacking, more = study(task, optimizer, seeds, args.steps or find(task).steps, done)
                 now += lacking
                 later += [(task, optimizer)] * more

@@ -19,6 +19,8 @@ from recipes.benchmarks.run import (
     OWN_VERSION,
     Run,
     compare,
+    default_optimizers,
+    in_suite,
     key,
     main,
     measure,
@@ -358,6 +360,26 @@ def test_wrong_input_gets_one_clear_line(options, told, capsys):
     with pytest.raises(SystemExit) as error:
         main(options)
     assert told in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_the_full_suite_is_what_the_quick_one_lacks_with_every_optimizer():
+    assert {*in_suite("quick"), *in_suite("full")} == {*TASKS}
+    assert not {*in_suite("quick")} & {*in_suite("full")}
+    assert (
+        default_optimizers("compare", "full", "beale") == default_optimizers("compare", "full", "fashion-cnn") == [*OPTIMIZERS]
+    )
+    swept = {name for name, declared in OPTIMIZERS.items() if declared.rate is None}
+    assert swept & {*default_optimizers("compare", "full", "shakespeare-2x64")} == {"adamw"}
+
+
+def test_the_report_of_a_full_suite_tells_what_that_lacks(tmp_path):
+    path = tmp_path / "rows.csv"
+    append(path, measure(Run("beale", "elra_p2min", "constant", "1e-05", 1, 20)))
+    told = report.report(path).split("## Missing")[1]
+    assert "beale: elra_adamw" in told
+    assert "lion" in told
+    assert "shakespeare-2x64" in told
+    assert "digits-mlp" not in told
 
 
 def test_a_package_that_is_not_installed_is_named():
