@@ -35,9 +35,7 @@ STRAIGHT = 0.95
 # a gradient: they change too little for an overshoot to be more than noise between batches. The first overshoots
 # that were more came between 0.003 (a tiny BERT) and 0.2 (small CNNs). With two classes and a new head the gradient of any
 # batch may be one direction, with the sign of the class that it has more of; rates of 1e-5 fell then, and stayed there.
-# With a third of this, CNNs on batches of 4 images of 10 classes learnt nothing in a third of the runs; with three times as
-# much p2min's rate rose too far for a CNN in some.
-SHORT = 3e-3
+SHORT = 1e-3
 # A cosine of successive gradients below this turns them round. By itself it may still be noise: a transformer from scratch puts
 # out nearly the same for every text, so that with two classes the gradient of any batch is one direction, with the sign of the
 # class that it has more of. Characters from scratch pass -0.9 in their first steps, and are the worse for a fall.

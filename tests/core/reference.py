@@ -20,7 +20,7 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
 def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
     """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, short)`` is its rule.
 
-    ``left`` is the share of it that is left, ``short`` whether no step has been 0.003 of x_1 long.
+    ``left`` is the share of it that is left, ``short`` whether no step has been a thousandth of x_1 long.
     Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
@@ -33,7 +33,7 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         size = np.linalg.norm(g)
         if t == 1:
-            long_enough = 3e-3 * np.linalg.norm(x[g != 0])
+            long_enough = 1e-3 * np.linalg.norm(x[g != 0])
         longer = size if g_prev is None else max(size, np.linalg.norm(g_prev))
         short = alpha * np.sqrt(share) * longer < long_enough and np.isfinite(horizon)
         if g_prev is not None and size > 10.0 * longest:
