@@ -390,6 +390,16 @@ def test_a_package_that_is_not_installed_is_named():
     )
 
 
+def test_an_optimizer_whose_package_is_missing_is_left_out(tmp_path, monkeypatch, capsys):
+    from recipes.benchmarks.optimizers import Optimizer
+
+    monkeypatch.setitem(OPTIMIZERS, "absent", Optimizer("no_such_module:Absent", 1.0, package="absent==1"))
+    path = tmp_path / "rows.csv"
+    main(["--tasks", "digits-mlp", "--optimizers", "absent", "--steps", "5", "--results", str(path)])
+    assert "absent is skipped" in capsys.readouterr().err
+    assert not path.exists() or not read(path)
+
+
 @pytest.mark.parametrize("name", [name for name, o in OPTIMIZERS.items() if not o.missing()])
 def test_every_optimizer_that_is_installed_learns(name):
     declared = OPTIMIZERS[name]
