@@ -76,8 +76,8 @@ def log_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
 
 
 def square_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
-    """Σ x_i² over the entries of each tensor where g_i ≠ 0, shape (tensors, 1); as to the others see `log_sizes`."""
-    return torch.stack([torch.where(g != 0, x, 0.0).to(dtype).square().sum() for x, g in zip(xs, grads, strict=True)])[:, None]
+    """Σ x_i² over the entries of each tensor where g_i ≠ 0, shape (tensors,); as to the others see `log_sizes`."""
+    return torch.stack([torch.where(g != 0, x, 0.0).to(dtype).square().sum() for x, g in zip(xs, grads, strict=True)])
 
 
 def add_scaled(xs: Tensors, ys: Tensors | tuple[Tensor, ...], scale: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .bucket import Bucket
 from .directions import Direction, dots, log_sizes, square_sizes
 from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
-from .rules import RECORD, SHORT, STRAIGHT, TREND_MEMORY, Rule
+from .rules import RECORD, SHORT, SHORT_OF_ONE, SHORT_OF_SLICES, STRAIGHT, TREND_MEMORY, Rule
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -294,13 +294,15 @@ class Elra(Optimizer):
         present = [group for group in self.param_groups if not self._absent(group)] or self.param_groups
         longest = present[0]["longest"]
         weights = self._weights()
-        dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, total.unbind(1), strict=False))
+        columns = self._cells(total).unbind(1)
+        dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, columns, strict=False))
         for name in ("clock", "steps"):
             dots[name] = self._of_cells([group[name] for group in self.param_groups])
         dots["weight"] = self._of_cells(weights)
         alphas = self._alphas(params)
         if self.rule.clock == "overshoots":
-            short = self._short(alphas.square() * torch.maximum(dots["gg"], dots["pp"]), total[:, len(needs) + 1])
+            starts = total[:, len(needs) + 1 : len(needs) + 3]
+            short = self._short(alphas.square() * torch.maximum(dots["gg"], dots["pp"]), starts)
             trends = self._trends(dots, short)
             dots |= {"trend": self._of_cells(trends), "short": self._of_cells(short)}
             dots["record"] = square > RECORD**2 * longest
@@ -364,6 +366,7 @@ class Elra(Optimizer):
                 for name, value in (("trend", trend), ("clock", clock)):
                     group[name] = torch.where(bad, SCALARS[name], torch.where(taken, value, group[name]))
                 group["hurdle"] = torch.where(taken & ~short[index], 0.0, group["hurdle"])
+            group["calls"] = min(group["calls"] + 1, 2)
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
             group["steps"] = group["steps"] + taken
@@ -378,14 +381,17 @@ class Elra(Optimizer):
 
         Args:
             lengths: square of the length of a step along the longer one of G_t and G_{t-1}, of each cell.
-            starts: ‖x_1‖² of each cell, in the first step.
+            starts: ‖x_1‖² and ‖G_1‖² of each tensor, or of each cell where there are none, in the first step.
         """
-        short = []
-        for index, group in enumerate(self.param_groups):
-            start = self._sum_of(starts, index)
-            group["hurdle"] = torch.where((group["steps"] == 0) & (start > 0), SHORT**2 * start, group["hurdle"])
-            short.append(self._sum_of(lengths, index) < group["hurdle"])
-        return short
+        for group, rows in zip(self.param_groups, self._shared(starts), strict=True):
+            if group["calls"] < 2:
+                start, square = rows.unbind(1)
+                whole = (SHORT if self.process_group is None else SHORT_OF_SLICES) ** 2 * start.sum()
+                # the whole length where the part in one tensor is long enough
+                each = torch.where((start > 0) & (square > 0), SHORT_OF_ONE**2 * start * square.sum() / square, whole)
+                hurdle = torch.cat([whole[None], each]).amin()
+                group["hurdle"] = torch.where((group["steps"] == 0) & (whole > 0), hurdle, group["hurdle"])
+        return [self._sum_of(lengths, index) < group["hurdle"] for index, group in enumerate(self.param_groups)]
 
     def _trends(self, dots: dict[str, Tensor], short: list[Tensor]) -> list[Tensor]:
         """The trend of each group with the last step in it, unless that was too short to tell; see `Clock`."""
@@ -461,7 +467,6 @@ class Elra(Optimizer):
                 for name, tensors in bucket.state.items():
                     tensors.append(real(state[name]))
             group["idle"] = " ".join(absent)
-            group["calls"] = min(group["calls"] + 1, 2)
         return list(buckets.values())
 
     def _measure(
@@ -470,12 +475,12 @@ class Elra(Optimizer):
         """This rank's inner products of each cell or tensor, by the groups that hold the rest of them, a row each.
 
         In the metric of the step taken last, where a group that moved w times as far counts w times; behind ``needs`` comes
-        ``gg`` once more, without these weights. A relative rule adds `log_sizes`, any other `square_sizes` in the same metric,
-        as it is at the schedule's full rate, ``check_sync`` ‖x_t‖².
+        ``gg`` once more, without these weights. A relative rule adds `log_sizes`, any other `square_sizes` and ``gg`` in the
+        same metric, as it is at the schedule's full rate, ``check_sync`` ‖x_t‖².
         """
         cells = len(splits) if self._by_tensor else 1 if self.scope == "global" else len(self.param_groups)
         # every rank enters every collective, also with nothing to add
-        columns = len(needs) + 2 + self.rule.relative + self.check_sync
+        columns = len(needs) + 3 + self.check_sync
         parts = {groups: torch.zeros(cells, columns, device=device, dtype=dtype) for groups in splits}
         for bucket in buckets:
             rows = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).to(device)
@@ -485,6 +490,7 @@ class Elra(Optimizer):
                 full = group.get("max_lr", group.get("initial_lr", group["lr"]))
                 full = torch.zeros_like(group["alpha"]) + full / group["alpha0"]
                 rows[:, len(needs)] *= torch.where(full > 0, 1.0 / full, 0.0)
+                rows[:, len(needs) + 1] *= full
             rows = torch.cat([weighted, rows[:, len(needs) - 1 :]], 1)
             into = parts[splits[bucket.members[0]]]
             if self._by_tensor:
@@ -497,19 +503,20 @@ class Elra(Optimizer):
         """The inner products of each tensor, and what `_measure` adds."""
         columns = [self.direction.measure(work, needs, dtype)]
         if not work.new:
-            columns.append(columns[0].new_zeros(len(work.params), 1 + self.rule.relative))
+            columns.append(columns[0].new_zeros(len(work.params), 2))
         elif self.rule.relative:
             columns.append(log_sizes(work.params, work.grads, dtype))
         else:
-            columns.append(square_sizes(work.params, work.grads, dtype))
+            columns.append(torch.stack([square_sizes(work.params, work.grads, dtype), columns[0][:, -1]], 1))
         if self.check_sync:
             columns.append(dots(work.params, work.params, dtype)[:, None])
         return torch.cat(columns, 1)
 
     @property
     def _by_tensor(self) -> bool:
-        """Whether products are kept apart by tensor. The slices of FSDP1 and ZeRO are none."""
-        return self.scope == "tensor" or (self.rule.votes and self.process_group is None)
+        """Whether products are kept apart by tensor, if only in the first steps. The slices of FSDP1 and ZeRO are none."""
+        first = self.rule.clock == "overshoots" and any(group["calls"] < 2 for group in self.param_groups if group["params"])
+        return self.scope == "tensor" or ((self.rule.votes or first) and self.process_group is None)
 
     def _survey(self, total: Tensor, needs: tuple[str, ...]) -> dict[str, Tensor]:
         """What a relative rule gets: products and ``size`` of each cell's voters, and what is known of the run."""
@@ -524,6 +531,18 @@ class Elra(Optimizer):
     def _by_group(self, rows: Tensor) -> list[Tensor]:
         """The rows of each group's parameters, of something with a row a tensor."""
         return list(torch.split(rows, [len(group["params"]) for group in self.param_groups]))  # type: ignore[no-untyped-call]
+
+    def _shared(self, rows: Tensor) -> list[Tensor]:
+        """The rows of all that each group shares its rate with, of something with a row a tensor, or else a cell."""
+        if self.scope == "global":
+            return [rows] * len(self.param_groups)
+        return self._by_group(rows) if self._by_tensor else list(rows[:, None].unbind())
+
+    def _cells(self, rows: Tensor) -> Tensor:
+        """The sums over the tensors of each cell, of something with a row a tensor, or else a cell."""
+        if self.scope == "tensor" or not self._by_tensor:
+            return rows
+        return torch.stack([part.sum(0) for part in (self._by_group(rows) if self.scope == "group" else [rows])])
 
     def _voters(self, column: Tensor) -> Tensor:
         """A number a tensor, or a cell, as a matrix with a row a cell, filled up with zeros."""
@@ -552,11 +571,10 @@ class Elra(Optimizer):
 
     def _note_scale(self, sizes: Tensor) -> None:
         """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each row."""
-        if self._by_tensor:
-            sizes = sizes.sum(0) if self.scope == "global" else torch.stack([part.sum(0) for part in self._by_group(sizes)])
-        logs, count = sizes.expand(len(self.param_groups), 2).unbind(1)
-        for group, mean, some in zip(self.param_groups, logs / count, count > 0, strict=True):
-            group["scale"] = torch.where(some & (group["scale"] == 0), mean.exp(), group["scale"])
+        for group, rows in zip(self.param_groups, self._shared(sizes), strict=True):
+            if group["calls"] < 2:
+                logs, count = rows.sum(0)
+                group["scale"] = torch.where((count > 0) & (group["scale"] == 0), (logs / count).exp(), group["scale"])
 
     def _of_cells(self, values: list[Tensor]) -> Tensor:
         """Values of the groups as values of the cells, shape (cells,)."""

@@ -17,11 +17,17 @@ def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
     return min(max(alpha, low), high)
 
 
-def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule):
+def constant(t: int) -> float:
+    return 1.0
+
+
+def momentum_method(
+    factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule=constant, parts=2
+):
     """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, short)`` is its rule.
 
-    ``left`` is the share of it that is left, ``short`` whether no step has been a thousandth of x_1 long.
-    Step t moves α·``schedule(t)``, ≤ α.
+    ``left`` is the share of it that is left, ``short`` whether no step has been 0.003 of x_1 long, or 0.1 of one of its
+    ``parts`` that did not start at 0, had it been along G_1. Step t moves α·``schedule(t)``, ≤ α.
     """
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
@@ -33,7 +39,11 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         size = np.linalg.norm(g)
         if t == 1:
-            long_enough = 1e-3 * np.linalg.norm(x[g != 0])
+            long_enough = 3e-3 * np.linalg.norm(x[g != 0])
+            for one in np.array_split(np.arange(len(x)), parts):
+                start, part = np.linalg.norm(x[one][g[one] != 0]), np.linalg.norm(g[one])
+                if start > 0 and part > 0:
+                    long_enough = min(long_enough, 0.1 * start * size / part)
         longer = size if g_prev is None else max(size, np.linalg.norm(g_prev))
         short = alpha * np.sqrt(share) * longer < long_enough and np.isfinite(horizon)
         if g_prev is not None and size > 10.0 * longest:
@@ -64,21 +74,17 @@ def momentum_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, b
     return np.array(xs), np.array(alphas)
 
 
-def constant(t: int) -> float:
-    return 1.0
-
-
-def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, schedule=constant):
+def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, **run):
     def factor(g, g_prev, d_prev, left, short):
         c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
         if short:
             c = 1.0
         return 1 + left * (gain[0] if c < 0 else gain[1]) * c
 
-    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
+    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, **run)
 
 
-def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, schedule=constant):
+def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, **run):
     def factor(g, g_prev, d_prev, left, short):
         start, end = g_prev @ d_prev, g @ d_prev
         if short:
@@ -89,7 +95,7 @@ def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_l
         factor = 1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit
         return factor**left
 
-    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, schedule)
+    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, **run)
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:

@@ -11,10 +11,10 @@ VARIANTS = {"c2min": ElraC2Min, "p2min": ElraP2Min, "adamw": ElraAdamW}
 STATE = ("alpha", "cos", "restarts", "clamps", "multiplier")
 
 
-def slices():
-    """Bare leaves, as ZeRO makes them, and gradients that agree in one group and explode in the other."""
+def slices(groups=3):
+    """Bare leaves, as ZeRO makes them, and gradients that agree in one group and explode in another."""
     torch.manual_seed(0)
-    params = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    params = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(groups)]
     grads = [[torch.randn(6, dtype=torch.float64) + 1.0 for _ in params] for _ in range(9)]
     grads[5][1] *= 1000.0
     return params, grads
@@ -62,7 +62,7 @@ def test_groups_stepped_apart_equal_optimizers_of_their_own(one, cls):
 
 @pytest.mark.parametrize("one", [swapped, emptied])
 def test_one_rate_for_groups_that_never_meet_is_refused(one):
-    params, grads = slices()
+    params, grads = slices(2)
     optimizer = ElraC2Min([{"params": [p]} for p in params])
     for p, grad in zip(params, grads[0], strict=True):
         p.grad = grad
