@@ -363,6 +363,23 @@ def train(setup: SetUp, variant: str, kind: str = "right") -> Outcome:
     return Outcome(alphas, flatten(wrapped.full()), collectives(wrapped, optimizer))
 
 
+def hurdle(wrap: Callable[[nn.Module], Wrapped]) -> float:
+    """Square of the length that a first step must have for overshoots to count, where the head starts near 0."""
+    model = build(Net)
+    with torch.no_grad():
+        model.head.weight.mul_(1e-3)
+    wrapped = wrap(model)
+    optimizer = ElraC2Min([p for _, p in wrapped.named], **wrapped.options)
+    advance(wrapped, optimizer, SETUPS["DDP"], range(2))
+    return float(optimizer.param_groups[0]["hurdle"])
+
+
+def alone(model: nn.Module) -> Wrapped:
+    """Neither wrapped nor cut: one process."""
+    named = list(model.named_parameters())
+    return Wrapped(model, named, whole(named))
+
+
 def collectives(wrapped: Wrapped, optimizer: Any) -> int:
     """How many one more step issues, with a gradient of ones."""
     for _, p in wrapped.named:

@@ -40,6 +40,7 @@ from .setups import (
     flatten,
     fsdp1,
     fsdp2,
+    hurdle,
     make,
     train,
     whole,
@@ -70,7 +71,7 @@ def rows() -> dict[tuple[str, str, str], Any]:
 def behaviour() -> dict[str, Any]:
     """Everything below, by name."""
     results: dict[str, Any] = {}
-    for function in (refusals, check_sync, join, scaler, accelerated):
+    for function in (refusals, check_sync, join, scaler, hurdles, accelerated):
         for key, value in function().items():
             results[f"{function.__name__}: {key}"] = value
         print(function.__name__, flush=True)
@@ -230,6 +231,11 @@ def scaler() -> dict[str, Any]:
         optimizer.zero_grad()
         alphas.append(float(optimizer.param_groups[0]["alpha"]))
     return {"alphas": alphas, "restarts": float(optimizer.param_groups[0]["restarts"])}
+
+
+def hurdles() -> dict[str, float]:
+    """What a step must get over before overshoots count, by set-up."""
+    return {name: hurdle(SETUPS[name].wrap) for name in ("DDP", "FSDP2", "TP", "FSDP1 FULL_SHARD")}
 
 
 def accelerated() -> dict[str, Any]:
