@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as Ddp
 
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min
 from elra_hf.adapters.accelerate import sharding_group
+from elra_hf.rules import SHORT_OF_SLICES
 
 VARIANTS = {"elra_c2min": (ElraC2Min, 1e-2), "elra_p2min": (ElraP2Min, 1e-2), "elra_adamw": (ElraAdamW, 1e-3)}
 STEPS = 20
@@ -361,6 +363,13 @@ def train(setup: SetUp, variant: str, kind: str = "right") -> Outcome:
             return Outcome(advance(wrapped, optimizer, setup, range(6)), flatten(wrapped.full()), 0)
     alphas = advance(wrapped, optimizer, setup, range(STEPS))
     return Outcome(alphas, flatten(wrapped.full()), collectives(wrapped, optimizer))
+
+
+@contextmanager
+def tensors_unseen() -> Iterator[None]:
+    """Let one process wait as long for overshoots to count as where FSDP1 and ZeRO hide the tensors."""
+    with mock.patch.multiple("elra_hf.optimizer", SHORT=SHORT_OF_SLICES, SHORT_OF_ONE=math.inf):
+        yield
 
 
 def hurdle(wrap: Callable[[nn.Module], Wrapped]) -> float:

@@ -1,16 +1,13 @@
 """What is refused, what ``check_sync`` finds, and the ways in which a step is delayed, skipped or uneven. 2 ranks."""
 
-import math
 import re
 import sys
 
 import pytest
 import torch
 
-from elra_hf.rules import SHORT_OF_SLICES
-
 from .harness import launch, run, shared
-from .setups import SETUPS, VARIANTS, alone, hurdle, train_alone
+from .setups import SETUPS, VARIANTS, alone, hurdle, tensors_unseen, train_alone
 
 
 @pytest.fixture
@@ -78,10 +75,10 @@ def test_a_small_tensor_is_as_small_where_it_is_cut(name, results):
     assert results(f"hurdles: {name}") == [pytest.approx(hurdle(alone), rel=1e-9)] * 2
 
 
-def test_of_slices_only_the_whole_is_known(results, monkeypatch):
-    monkeypatch.setattr("elra_hf.optimizer.SHORT", SHORT_OF_SLICES)
-    monkeypatch.setattr("elra_hf.optimizer.SHORT_OF_ONE", math.inf)
-    assert results("hurdles: FSDP1 FULL_SHARD") == [pytest.approx(hurdle(alone), rel=1e-9)] * 2
+def test_of_slices_only_the_whole_is_known(results):
+    with tensors_unseen():
+        truth = hurdle(alone)
+    assert results("hurdles: FSDP1 FULL_SHARD") == [pytest.approx(truth, rel=1e-9)] * 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
