@@ -294,15 +294,19 @@ class Elra(Optimizer):
         present = [group for group in self.param_groups if not self._absent(group)] or self.param_groups
         longest = present[0]["longest"]
         weights = self._weights()
-        columns = self._cells(total).unbind(1)
-        dots = self._survey(total, needs) if self.rule.relative else dict(zip(needs, columns, strict=False))
+        if self.rule.relative:
+            dots = self._survey(total, needs)
+        else:
+            dots = dict(zip(needs, self._cells(total).unbind(1), strict=False))
         for name in ("clock", "steps"):
             dots[name] = self._of_cells([group[name] for group in self.param_groups])
         dots["weight"] = self._of_cells(weights)
         alphas = self._alphas(params)
         if self.rule.clock == "overshoots":
-            starts = total[:, len(needs) + 1 : len(needs) + 3]
-            short = self._short(alphas.square() * torch.maximum(dots["gg"], dots["pp"]), starts)
+            self._note_hurdle(total[:, len(needs) + 1 : len(needs) + 3])
+            # of a step along the longer one of G_t and G_{t-1}
+            lengths = alphas.square() * torch.maximum(dots["gg"], dots["pp"])
+            short = [self._sum_of(lengths, index) < group["hurdle"] for index, group in enumerate(self.param_groups)]
             trends = self._trends(dots, short)
             dots |= {"trend": self._of_cells(trends), "short": self._of_cells(short)}
             dots["record"] = square > RECORD**2 * longest
@@ -374,14 +378,11 @@ class Elra(Optimizer):
             group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
             group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
 
-    def _short(self, lengths: Tensor, starts: Tensor) -> list[Tensor]:
-        """Whether all steps of each group so far were too short to tell, and the next would be; see `SHORT`.
-
-        Sets ``group["hurdle"]`` in the first step.
+    def _note_hurdle(self, starts: Tensor) -> None:
+        """Set ``group["hurdle"]`` in the first step; see `SHORT`.
 
         Args:
-            lengths: square of the length of a step along the longer one of G_t and G_{t-1}, of each cell.
-            starts: ‖x_1‖² and ‖G_1‖² of each tensor, or of each cell where there are none, in the first step.
+            starts: ‖x_1‖² and ‖G_1‖² of each tensor, or of each cell where tensors are hidden, shape (tensors or cells, 2).
         """
         for group, rows in zip(self.param_groups, self._shared(starts), strict=True):
             if group["calls"] < 2:
@@ -391,7 +392,6 @@ class Elra(Optimizer):
                 each = torch.where((start > 0) & (square > 0), SHORT_OF_ONE**2 * start * square.sum() / square, whole)
                 hurdle = torch.cat([whole[None], each]).amin()
                 group["hurdle"] = torch.where((group["steps"] == 0) & (whole > 0), hurdle, group["hurdle"])
-        return [self._sum_of(lengths, index) < group["hurdle"] for index, group in enumerate(self.param_groups)]
 
     def _trends(self, dots: dict[str, Tensor], short: list[Tensor]) -> list[Tensor]:
         """The trend of each group with the last step in it, unless that was too short to tell; see `Clock`."""

@@ -33,6 +33,7 @@ from .setups import (
     Outcome,
     Wrapped,
     advance,
+    alone,
     batch,
     build,
     collectives,
@@ -298,11 +299,8 @@ def begin(kind: str, variant: str) -> tuple[Wrapped, Any]:
     """A fresh model and optimizer, whole where there is one rank."""
     options = {} if kind == "FSDP1" else OPTIONS[variant]
     model = build(Net)
-    if dist.get_world_size() == 1:
-        named = list(model.named_parameters())
-        wrapped = Wrapped(model, named, whole(named))
-    else:
-        wrapped = WRAPS[kind](dist.get_world_size())(model)
+    wrap = alone if dist.get_world_size() == 1 else WRAPS[kind](dist.get_world_size())
+    wrapped = wrap(model)
     return wrapped, make(variant, wrapped.named, False, kind == "FSDP1", **wrapped.options, **options)
 
 
