@@ -475,6 +475,7 @@ TASKS: dict[str, Task] = {
     "minilm4-questions": Task(text_classifier("questions", 24, minilm(), frozen=4), 150, 1e-3, "transformer", quick=True),
     "minilm4-movies": Task(text_classifier("movies", 32, minilm(), frozen=4), 150, 5e-4, "transformer"),
     "minilm-questions": Task(text_classifier("questions", 24, minilm()), 150, 2e-4, "transformer"),
+    "minilm-movies": Task(text_classifier("movies", 32, minilm()), 150, 1e-4, "transformer"),
     "minilm-lora-questions": Task(text_classifier("questions", 24, minilm(lora=True)), 150, 3e-3, "transformer"),
 }
 LARGEST = {"batch": 100_000, "labels": 1.0, "gradient": 100.0}  # what can be varied, and how far
