@@ -44,18 +44,21 @@ def test_image_classification():
         assert cells[3] == f"{mean(measured):.4f} ± {stdev(measured):.4f}"
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    path = Path(shutil.copy(RESULTS / "quick.csv", tmp_path_factory.mktemp("bench")))
-    return report.report(path)
+@pytest.mark.parametrize("name", ["quick", "full", "batch-sizes", "noise"])
+def test_the_report_is_that_of_the_rows(name, tmp_path):
+    path = Path(shutil.copy(RESULTS / f"{name}.csv", tmp_path))
+    assert (RESULTS / f"{name}.md").read_text() == report.report(path)
 
 
-def test_the_report_is_that_of_the_rows(quick):
-    assert (RESULTS / "quick.md").read_text() == quick
+def regret(name: str) -> dict[str, list[str]]:
+    """The lines of a report's first table, by optimizer."""
+    table = (RESULTS / f"{name}.md").read_text().split("![Regret]")[0]
+    _, *rows = table_rows(table, "[a-z].+")
+    return {cells[0]: cells for cells in rows}
 
 
-def test_regret(quick):
-    measured = {cells[0]: cells for cells in table_rows(quick.split("![Regret]")[0], "[a-z].+")}
+def test_regret():
+    measured = regret("quick")
     shown = [cells for cells in table_rows(README, "[a-z].+") if len(cells) == 3 and cells[0] in measured]
     assert len(shown) > 6
     for cells in shown:
@@ -63,5 +66,9 @@ def test_regret(quick):
 
 
 def test_tasks_that_the_rule_was_not_made_on():
-    (line,) = table_rows((RESULTS / "full.md").read_text().split("![Regret]")[0], r"elra_adamw, linear( \(.*\))?")
-    assert f"{line[1].split(' ')[0]} (worst {line[2].split(' ')[0]}" in README
+    lines = {name: [cell.split(" ")[0] for cell in cells] for name, cells in regret("full").items()}
+    assert "{1} (worst {2}".format(*lines["elra_adamw, linear"]) in README
+    untuned = [name for name in lines if "missing" not in name and not name.startswith(("elra_", "adamw, best"))]
+    best = min(untuned, key=lambda name: float(lines[name][1]))
+    assert best == "schedule-free"
+    assert f"schedule-free AdamW, at {lines[best][1]}" in README
