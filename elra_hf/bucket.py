@@ -23,6 +23,7 @@ class Move(NamedTuple):
         back: η of the last step where that one is to be undone, else 0; None where nothing can call for it.
         taken: G_t is finite and not zero, and enters the state.
         restart: forget past gradients.
+        clip: what G_t is multiplied by, in (0, 1]; None where nothing can call for it.
     """
 
     rate: Tensor
@@ -30,6 +31,7 @@ class Move(NamedTuple):
     back: Tensor | None
     taken: Tensor
     restart: Tensor
+    clip: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Bucket:
         """``step`` in the working dtype, for weights that depend on it."""
         return self.step.to(self.dtype)
 
-    def move(self, rate: Tensor, decay: Tensor | None, back: Tensor | None, taken: Tensor, restart: Tensor) -> Move:
+    def move(
+        self, rate: Tensor, decay: Tensor | None, back: Tensor | None, taken: Tensor, restart: Tensor, clip: Tensor | None
+    ) -> Move:
         """Bring a verdict to the bucket's device and dtype."""
         device, dtype = self.params[0].device, self.dtype
         return Move(
@@ -77,6 +81,7 @@ class Bucket:
             None if back is None else back.to(device, dtype),
             taken.to(device),
             restart.to(device),
+            None if clip is None else clip.to(device, dtype),
         )
 
     def chunks(self) -> Iterator[Bucket]:

@@ -96,7 +96,7 @@ class Momentum:
     """Quasi-hyperbolic momentum of past gradients, Euclidean metric. Source: arXiv 2309.06274.
 
     M_t = β1 M_{t-1} + (1-β1) G_{t-1};  d_t = (1-β2) G_t + β2 M_t;  first step: M_1 = G_1, d_1 = G_1.
-    State: G_{t-1} and, unless β2 = 0, M_{t-1}, in the parameter's dtype.
+    G_t is shortened where the step says so. State: G_{t-1} and, unless β2 = 0, M_{t-1}, in the parameter's dtype.
 
     While ``step`` is 0 the stored tensors are stale: a restart resets ``step`` and writes no memory.
     M_1 is never stored, since all it does is to make M_2 = G_1, which is G_{t-1} at step 2.
@@ -171,6 +171,8 @@ class Momentum:
             add_scaled(params, momenta, -move.rate * now)
         for p, g in zip(previous, bucket.grads, strict=True):
             torch.where(move.taken, g, p, out=p)
+        if move.clip is not None:
+            torch._foreach_mul_(previous, torch.where(move.taken, move.clip, 1.0))
         # G_t as stored, so that a non-finite one never meets x
         add_scaled(params, previous, -move.rate * (1.0 - now))
 

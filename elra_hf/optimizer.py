@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .bucket import Bucket
 from .directions import Direction, dots, log_sizes, square_sizes
 from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
-from .rules import RECORD, SHORT, SHORT_OF_ONE, SHORT_OF_SLICES, STRAIGHT, TREND_MEMORY, Rule
+from .rules import CEILING, RECORD, SHORT, SHORT_OF_ONE, SHORT_OF_SLICES, STRAIGHT, TREND_MEMORY, Rule
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -48,6 +48,7 @@ SCALARS = {
     "longest": 0.0,
     "scale": 0.0,
     "hurdle": 0.0,
+    "ceiling": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,
     "first_loss": math.inf,
@@ -78,7 +79,8 @@ class Elra(Optimizer):
     overshoots, less where the schedule held the rate down), ``group["trend"]`` (of steps that stop short, 1, and
     overshoot, -1), ``group["longest"]`` (square of the longest gradient of late), for relative rules ``group["scale"]``
     (typical size of a weight at the start), and for those that count overshoots ``group["hurdle"]`` (square of the length
-    that a step must have had for them to count; 0 once one had it).
+    that a step must have had for them to count; 0 once one had it) and ``group["ceiling"]`` (square of the longest gradient
+    with which the run went straight).
 
     ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
 
@@ -297,7 +299,8 @@ class Elra(Optimizer):
         if self.rule.relative:
             dots = self._survey(total, needs)
         else:
-            dots = dict(zip(needs, self._cells(total).unbind(1), strict=False))
+            cells = self._cells(total)
+            dots = dict(zip(needs, cells.unbind(1), strict=False))
         for name in ("clock", "steps"):
             dots[name] = self._of_cells([group[name] for group in self.param_groups])
         dots["weight"] = self._of_cells(weights)
@@ -310,6 +313,11 @@ class Elra(Optimizer):
             trends = self._trends(dots, short)
             dots |= {"trend": self._of_cells(trends), "short": self._of_cells(short)}
             dots["record"] = square > RECORD**2 * longest
+            if self.rule.clips:
+                squares = [self._sum_of(cells[:, len(needs)], index) for index in range(len(trends))]
+                clips = self._clips(squares, trends)
+                for name in needs:
+                    dots[name] = dots[name] * self._of_cells(clips) ** name.count("g")
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
         bad = ~torch.isfinite(square)
@@ -348,7 +356,7 @@ class Elra(Optimizer):
                 if back is not None:
                     lost = lost - (back * group["weight_decay"]).clamp(max=MOST_DECAY)
                 decay = torch.exp(-lost)
-            move = bucket.move(rate, decay, back, taken, bad)
+            move = bucket.move(rate, decay, back, taken, bad, clips[bucket.index] if self.rule.clips else None)
             for chunk in bucket.chunks():
                 work = chunk.opened()
                 self.direction.update(work, move)
@@ -370,6 +378,9 @@ class Elra(Optimizer):
                 for name, value in (("trend", trend), ("clock", clock)):
                     group[name] = torch.where(bad, SCALARS[name], torch.where(taken, value, group[name]))
                 group["hurdle"] = torch.where(taken & ~short[index], 0.0, group["hurdle"])
+                if self.rule.clips:
+                    longer = torch.maximum(group["ceiling"], squares[index])
+                    group["ceiling"] = torch.where(taken & self._straight(group, trend), longer, group["ceiling"])
             group["calls"] = min(group["calls"] + 1, 2)
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
@@ -401,6 +412,18 @@ class Elra(Optimizer):
             trend = TREND_MEMORY * group["trend"] + (1.0 - TREND_MEMORY) * end.sign()
             trends.append(torch.where((moved > 0) & ~short[index], trend, group["trend"]))
         return trends
+
+    def _clips(self, squares: list[Tensor], trends: list[Tensor]) -> list[Tensor]:
+        """What G_t is multiplied by in each group; see `CEILING`. Takes ‖G_t‖² and the trend of each."""
+        clips = []
+        for group, square, trend in zip(self.param_groups, squares, trends, strict=True):
+            free = self._straight(group, trend) | (square == 0)
+            clips.append(torch.where(free, 1.0, (CEILING**2 * group["ceiling"] / square).sqrt().clamp(max=1.0)))
+        return clips
+
+    def _straight(self, group: dict[str, Any], trend: Tensor) -> Tensor:
+        """Whether the run is yet to overshoot, or has gone straight for long again."""
+        return torch.logical_or(trend > STRAIGHT, group["ceiling"] == 0)
 
     def _sum_of(self, cells: Tensor, index: int) -> Tensor:
         """Of one number a cell, the sum over those of a group."""

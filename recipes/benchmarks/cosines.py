@@ -36,6 +36,7 @@ class Votes:
     seen: list[tuple[float, float]] = field(default_factory=list)
     told: ClassVar[str] = "{:+.2f}; {:+.2f}"
     votes: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
     relative: ClassVar[bool] = True
     clock: ClassVar[Clock] = "steps"
     needs: ClassVar[frozenset[str]] = frozenset({"gg", "gd", "dd"})
@@ -56,6 +57,7 @@ class Overshoots:
     seen: list[tuple[float, float]] = field(default_factory=list)
     told: ClassVar[str] = "{:+.2f}; {:.0%}"
     votes: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
     relative: ClassVar[bool] = False
     clock: ClassVar[Clock] = "overshoots"
     needs: ClassVar[frozenset[str]] = C2Min.needs

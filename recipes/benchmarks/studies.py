@@ -44,6 +44,7 @@ class Exponential:
     relative: ClassVar[bool] = False
     clock: ClassVar[Clock] = "overshoots"
     votes: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_gain(self.gain, below=math.inf)
@@ -126,7 +127,7 @@ GROWTH = {
     BASE: momentum(PAPER),
     "pair 0.5 0.6": momentum(C2Min((0.5, 0.6), horizon=math.inf)),
     "exponential 0.5": momentum(Exponential(0.5)),
-    "norms 0.5": momentum(Norms(0.5)),
+    "norms 0.5": momentum(Norms(0.5, math.inf)),
     "p2min": momentum(P2Min(horizon=math.inf)),
     "c2min, settling": momentum(C2Min()),
     "p2min, settling": momentum(P2Min()),

@@ -32,7 +32,7 @@ def momentum_method(
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
     g_prev = m = d_prev = None
-    overshoots, trend, longest, share, peak = 0.0, 1.0, 0.0, 0.0, 0.0
+    overshoots, trend, longest, straight, share, peak = 0.0, 1.0, 0.0, 0.0, 0.0, 0.0
     xs, alphas = [], []
     long_enough = 0.0
     for t in range(1, steps + 1):
@@ -51,12 +51,16 @@ def momentum_method(
             alpha = clamp(alpha * min(1 / 3, longest / size))
             g_prev, overshoots, trend, share = None, 0.0, 1.0, 0.0
         else:
+            if g_prev is not None and share > 0 and not short:
+                trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
+            if trend > 0.95:
+                straight = max(straight, size)
+            if np.isfinite(horizon):
+                g = g * min(1.0, 2 * straight / size)
             if g_prev is None:
                 m = d = g
             else:
-                if share > 0 and not short:
-                    trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
-                turned = g @ g_prev < -0.95 * size * np.linalg.norm(g_prev)
+                turned = g @ g_prev < -0.95 * np.linalg.norm(g) * np.linalg.norm(g_prev)
                 sure = turned and (trend < -0.95 or size > 2 * longest)
                 left = peak if sure else peak / (1 + overshoots / horizon)
                 alpha = clamp(alpha * factor(g, g_prev, d_prev, left, short))
@@ -176,3 +180,8 @@ def logistic_gradient(n: int = 60, features: int = 8, batch: int | None = None) 
         return a[rows].T @ (p - y[rows]) / len(rows)
 
     return gradient
+
+
+def spiky(gradient: Gradient) -> Gradient:
+    """The same, four times as long at every seventh step once steps overshoot."""
+    return lambda t, x: gradient(t, x) * (4.0 if t > 30 and t % 7 == 0 else 1.0)

@@ -504,6 +504,56 @@ def test_or_beside_one_tensor_such_as_a_new_head(cls, most, times):
     assert not optimizer.param_groups[0]["hurdle"]
 
 
+def overshooting(cls, scope="global", horizon=None):
+    """An optimizer at some rate, whose gradients of norm 10 have overshot now and then, and its only parameter."""
+    x = torch.full((100,), 30.0, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x], lr=0.1, scope=scope, **({} if horizon is None else {"horizon": horizon}))
+    along_one_line(optimizer, [x], [1, 1, -1, 1, 1, -1, 1, 1, -1, 1])
+    return optimizer, x
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_gradient_that_has_grown_counts_as_twice_the_longest_before_an_overshoot(cls, scope):
+    """However long, it changes x and the rate as one of twice the length; that of an explosion is undone."""
+    seen = []
+    for size in (2.0, 4.0, 9.0):
+        optimizer, x = overshooting(cls, scope)
+        alphas = along_one_line(optimizer, [x], [1, -1], size)
+        seen.append(torch.tensor([*alphas, *x.tolist()]))
+        assert not optimizer.param_groups[0]["restarts"]
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(seen[2], seen[0], rtol=1e-12, atol=0.0)
+    optimizer, x = overshooting(cls, scope)
+    along_one_line(optimizer, [x], [1], 11.0)
+    assert optimizer.param_groups[0]["restarts"] == 1
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_the_papers_rule_takes_it_as_it_is(cls):
+    moves = []
+    for size in (2.0, 4.0):
+        optimizer, x = overshooting(cls, horizon=math.inf)
+        before = x.detach().clone()
+        along_one_line(optimizer, [x], [1], size)
+        moves.append((x - before).abs().sum() / optimizer.param_groups[0]["alpha"])
+    assert moves[1] > 1.3 * moves[0]
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_gradients_may_grow_while_no_step_overshoots(cls):
+    """As on the way out of a saddle; and again after some 16 steps straight on."""
+    x = torch.ones(100, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x], lr=1e-9)
+    for t in range(12):
+        along_one_line(optimizer, [x], [1], 3.0**t)
+        assert torch.equal(optimizer.state[x]["grad_prev"], x.grad)
+    optimizer, x = overshooting(cls)
+    along_one_line(optimizer, [x], [1] * 20)
+    along_one_line(optimizer, [x], [1], 5.0)
+    assert torch.equal(optimizer.state[x]["grad_prev"], x.grad)
+
+
 @pytest.mark.parametrize("lr", [9.1e-3, 1.0])
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
 def test_a_first_step_that_is_long_enough_is_turned_round_at_once(cls, lr):

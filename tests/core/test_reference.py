@@ -29,12 +29,14 @@ X0 = {
     "rosenbrock": np.array([-1.2, 1.0, 0.4, 0.9]),
     "quadratic": np.linspace(1.0, 2.0, 10),
     "logistic": np.linspace(-1.0, 1.0, 8),
+    "spiky": np.linspace(-1.0, 1.0, 8),
     "head": np.append(np.linspace(-0.01, 0.01, 4), np.linspace(5.0, 9.0, 4)),  # one of two tensors starts near 0
 }
 GRADIENTS = {
     "rosenbrock": ref.rosenbrock_gradient,
     "quadratic": ref.quadratic_gradient(),
     "logistic": ref.logistic_gradient(batch=16),
+    "spiky": ref.spiky(ref.logistic_gradient(batch=16)),
     "head": ref.logistic_gradient(batch=16),
 }
 

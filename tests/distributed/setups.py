@@ -34,6 +34,7 @@ from elra_hf.rules import SHORT_OF_SLICES
 VARIANTS = {"elra_c2min": (ElraC2Min, 1e-2), "elra_p2min": (ElraP2Min, 1e-2), "elra_adamw": (ElraAdamW, 1e-3)}
 STEPS = 20
 BATCH = 8
+FAR = 14  # the step with targets so far away that c2min and p2min shorten its gradient
 
 
 class Net(nn.Module):
@@ -76,6 +77,8 @@ def batch(step: int, model: Any, dtype: torch.dtype = torch.float64) -> tuple[Te
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randn(BATCH, model.inputs, generator=generator, dtype=torch.float64)
     y = torch.sin(2 * x[:, : model.outputs]) + 0.3 * torch.randn(BATCH, model.outputs, generator=generator, dtype=torch.float64)
+    if step == FAR:
+        y = 6 * y
     return x.to(dtype), y.to(dtype)
 
 
