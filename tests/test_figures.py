@@ -68,6 +68,8 @@ def test_regret():
 def test_tasks_that_the_rule_was_not_made_on():
     lines = {name: [cell.split(" ")[0] for cell in cells] for name, cells in regret("full").items()}
     assert "{1} (worst {2}".format(*lines["elra_adamw, linear"]) in README
+    for name in ("elra_p2min", "elra_c2min"):
+        assert f"`{name}` at {lines[f'{name}, linear'][1]}" in README
     untuned = [name for name in lines if "missing" not in name and not name.startswith(("elra_", "adamw, best"))]
     best = min(untuned, key=lambda name: float(lines[name][1]))
     assert best == "schedule-free"
