@@ -422,7 +422,7 @@ class Elra(Optimizer):
         return clips
 
     def _straight(self, group: dict[str, Any], trend: Tensor) -> Tensor:
-        """Whether the run is yet to overshoot, or has gone straight for long again."""
+        """Whether the run is yet to overshoot, has gone straight for long again, or knows of no gradient (an older pickle)."""
         return torch.logical_or(trend > STRAIGHT, group["ceiling"] == 0)
 
     def _sum_of(self, cells: Tensor, index: int) -> Tensor:

@@ -698,6 +698,18 @@ def test_an_older_pickle_gains_what_it_lacks(cls):
     assert torch.isfinite(flat(model)).all()
 
 
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_after_an_older_pickle_gradients_are_as_long_as_they_are(cls):
+    """It knows of none that the rate was found with."""
+    optimizer, x = overshooting(cls)
+    state = optimizer.__getstate__()
+    del state["param_groups"][0]["ceiling"]
+    old = cls.__new__(cls)
+    old.__setstate__(state)
+    along_one_line(old, [x], [1, -1], 2.0)
+    assert torch.equal(old.state[x]["grad_prev"], x.grad)
+
+
 def test_low_precision_state_keeps_its_own_dtype_on_load():
     """torch casts every state tensor to the dtype of its parameter."""
     x = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
