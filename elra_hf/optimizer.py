@@ -315,9 +315,11 @@ class Elra(Optimizer):
             dots["record"] = square > RECORD**2 * longest
             if self.rule.clips:
                 squares = [self._sum_of(cells[:, len(needs)], index) for index in range(len(trends))]
-                clips = self._clips(squares, trends)
+                straight = self._straight(trends)
+                clips = self._clips(squares, straight)
+                shorter = self._of_cells(clips)
                 for name in needs:
-                    dots[name] = dots[name] * self._of_cells(clips) ** name.count("g")
+                    dots[name] = dots[name] * shorter ** name.count("g")
         adapted, cos = self.rule(alphas, dots)
         some = square != 0
         bad = ~torch.isfinite(square)
@@ -380,7 +382,7 @@ class Elra(Optimizer):
                 group["hurdle"] = torch.where(taken & ~short[index], 0.0, group["hurdle"])
                 if self.rule.clips:
                     longer = torch.maximum(group["ceiling"], squares[index])
-                    group["ceiling"] = torch.where(taken & self._straight(group, trend), longer, group["ceiling"])
+                    group["ceiling"] = torch.where(taken & straight[index], longer, group["ceiling"])
             group["calls"] = min(group["calls"] + 1, 2)
             group["restarts"] = group["restarts"] + bad
             group["clamps"] = group["clamps"] + clamps
@@ -413,17 +415,18 @@ class Elra(Optimizer):
             trends.append(torch.where((moved > 0) & ~short[index], trend, group["trend"]))
         return trends
 
-    def _clips(self, squares: list[Tensor], trends: list[Tensor]) -> list[Tensor]:
-        """What G_t is multiplied by in each group; see `CEILING`. Takes ‖G_t‖² and the trend of each."""
-        clips = []
-        for group, square, trend in zip(self.param_groups, squares, trends, strict=True):
-            free = self._straight(group, trend) | (square == 0)
-            clips.append(torch.where(free, 1.0, (CEILING**2 * group["ceiling"] / square).sqrt().clamp(max=1.0)))
-        return clips
+    def _straight(self, trends: list[Tensor]) -> list[Tensor]:
+        """Whether each group is yet to overshoot, went straight for long again, or knows of no gradient (an older pickle)."""
+        groups = zip(self.param_groups, trends, strict=True)
+        return [torch.logical_or(trend > STRAIGHT, group["ceiling"] == 0) for group, trend in groups]
 
-    def _straight(self, group: dict[str, Any], trend: Tensor) -> Tensor:
-        """Whether the run is yet to overshoot, has gone straight for long again, or knows of no gradient (an older pickle)."""
-        return torch.logical_or(trend > STRAIGHT, group["ceiling"] == 0)
+    def _clips(self, squares: list[Tensor], straight: list[Tensor]) -> list[Tensor]:
+        """What G_t is multiplied by in each group, from ‖G_t‖² and whether the run goes straight; see `CEILING`."""
+        clips = []
+        for group, square, free in zip(self.param_groups, squares, straight, strict=True):
+            limit = (CEILING**2 * group["ceiling"] / square).sqrt().clamp(max=1.0)
+            clips.append(torch.where(free | (square == 0), 1.0, limit))
+        return clips
 
     def _sum_of(self, cells: Tensor, index: int) -> Tensor:
         """Of one number a cell, the sum over those of a group."""
