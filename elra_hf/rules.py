@@ -116,9 +116,9 @@ def settled(horizon: float, dots: Dots, cos: Tensor) -> Tensor:
 
     Source: Kesten, Accelerated Stochastic Approximation, 1958, who let the steps themselves shrink so; here it is the steps of
     log α. Until there are overshoots all of the rule is left. With them it has found the rate, and what follows is mostly
-    noise: along fixed rates of the nets for digits the cosine of successive gradients over the first 30 steps falls from +0.4
-    to 0 as the rate rises to the best one and beyond; after a hundred it rests at +0.02…+0.05 at the best rate and at far too
-    high ones alike (the bench's `cosines`).
+    noise: along fixed rates of the nets for digits the cosine of successive gradients over the first 30 steps falls from some
+    +0.4 to 0 as the rate rises to the best one and beyond; after a hundred it rests at +0.01…+0.05 at the best rate and at too
+    high ones alike (the bench's cosines.md).
 
     All of it is left, too, where steps are turned round and this is no noise, since beyond the edge of stability iterates grow
     faster than a settled rate falls: when some 16 steps in a row have overshot, as `STRAIGHT` counts them, or the gradient is
@@ -238,9 +238,10 @@ class Tracking:
     exp has no downward drift under a cosine that is noise around the target; 1 + g·c has.
 
     With s_t the clock and e_t = horizon / (horizon + s_t): g_t = gain + (early_gain - gain)·e_t, target_t = (1 - e_t)·target.
-    Only young runs tell rates apart: in the first 5 to 20 steps c falls from +0.4 to 0 as the rate rises to the best one,
-    and to less beyond. Later the net has adapted to its rate, and c rests at -0.02…-0.06 over a decade of rates (measured on
-    seven tasks). Hence the gain that falls with the clock, which also makes the rule the same for short and long runs.
+    Only young runs tell rates apart: in the first 30 steps c falls from some +0.4 to 0 as the rate rises to the best one or
+    half a decade beyond. Later the net has adapted to its rate, and c rests at 0…-0.08 over a decade of rates (the bench's
+    cosines.md, seven tasks). Hence the gain that falls with the clock, which also makes the rule the same for short and long
+    runs.
     w_t is the step's weight, and the clock is their sum: warm-up is waited for, decay is left to the schedule.
 
     With ``span`` = (first, highest), for directions whose entries are of order 1 and rates therefore comparable to weights:
