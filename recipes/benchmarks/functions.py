@@ -96,14 +96,14 @@ SADDLE_LOWEST = -1.0141546136044086  # of `tilted_saddle`
 ORIGIN = torch.zeros(2)
 
 FUNCTIONS: dict[str, Task] = {
-    "quadratic-1e1": Task(quadratic(1e1), 2000, 1e-1, "function", goal=GOAL),
-    "quadratic-1e2": Task(quadratic(1e2), 2000, 1e-1, "function", quick=True, goal=GOAL),
-    "quadratic-1e4": Task(quadratic(1e4), 2000, 1e-1, "function", quick=True, goal=GOAL),
-    "quadratic-1e6": Task(quadratic(1e6), 2000, 1e-1, "function", quick=True, goal=GOAL),
-    "rosenbrock-2": Task(problem(rosenbrock, valley(2), 0.1), 2000, 1e-2, "function", quick=True, goal=GOAL),
-    "rosenbrock-100": Task(problem(rosenbrock, valley(100), 0.1), 2000, 1e-2, "function", goal=GOAL),
-    "saddle-monkey": Task(problem(monkey_saddle, ORIGIN, 0.01, -6.75), 1000, 1e-2, "function", goal=GOAL),
-    "saddle-tilted": Task(problem(tilted_saddle, ORIGIN, 0.01, SADDLE_LOWEST), 1000, 1e-2, "function", goal=GOAL),
-    "beale": Task(problem(beale, torch.tensor([1.0, 1.0]), 0.1), 2000, 1e-2, "function", goal=GOAL),
-    "himmelblau": Task(problem(himmelblau, ORIGIN, 0.1), 1000, 1e-2, "function", goal=GOAL),
+    "quadratic-1e1": Task(quadratic(1e1), 2000, 1e-1, goal=GOAL),
+    "quadratic-1e2": Task(quadratic(1e2), 2000, 1e-1, quick=True, goal=GOAL),
+    "quadratic-1e4": Task(quadratic(1e4), 2000, 1e-1, quick=True, goal=GOAL),
+    "quadratic-1e6": Task(quadratic(1e6), 2000, 1e-1, quick=True, goal=GOAL),
+    "rosenbrock-2": Task(problem(rosenbrock, valley(2), 0.1), 2000, 1e-2, quick=True, goal=GOAL),
+    "rosenbrock-100": Task(problem(rosenbrock, valley(100), 0.1), 2000, 1e-2, goal=GOAL),
+    "saddle-monkey": Task(problem(monkey_saddle, ORIGIN, 0.01, -6.75), 1000, 1e-2, goal=GOAL),
+    "saddle-tilted": Task(problem(tilted_saddle, ORIGIN, 0.01, SADDLE_LOWEST), 1000, 1e-2, goal=GOAL),
+    "beale": Task(problem(beale, torch.tensor([1.0, 1.0]), 0.1), 2000, 1e-2, goal=GOAL),
+    "himmelblau": Task(problem(himmelblau, ORIGIN, 0.1), 1000, 1e-2, goal=GOAL),
 }

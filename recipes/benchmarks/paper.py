@@ -162,7 +162,7 @@ def flat_saddle(z: Tensor) -> Tensor:
 SADDLES: dict[str, tuple[Task, float]] = {  # each with its depth: value at the saddle minus the lowest
     "saddle-tilted": (FUNCTIONS["saddle-tilted"], -SADDLE_LOWEST),
     "saddle-monkey": (FUNCTIONS["saddle-monkey"], 6.75),
-    "saddle-flat-20": (Task(problem(flat_saddle, torch.zeros(20), 0.01, -0.025), 1000, 1e-2, "function"), 0.025),
+    "saddle-flat-20": (Task(problem(flat_saddle, torch.zeros(20), 0.01, -0.025), 1000, 1e-2), 0.025),
 }
 SADDLE_STEPS = 1000
 STARTS = {TUNING_SEED: range(1001, 1021), TUNING_SEED + 1: range(1, 101)}  # seeds of starts and rotations, of each row's seed

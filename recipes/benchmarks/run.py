@@ -495,15 +495,12 @@ def in_suite(suite: str) -> list[str]:
 
 
 def default_optimizers(study: str, suite: str, task: str) -> list[str]:
-    """Those that run on a task when none are named.
-
-    On a transformer of the full suite AdamW's sweep is the only one, since each of the others would take hours.
-    """
+    """Those that run on a task when none are named."""
     if study in VARIATIONS:
         return [name for name, declared in OPTIMIZERS.items() if declared.ours or name == "adamw"]
     if suite == "quick":
         return [name for name, declared in OPTIMIZERS.items() if declared.quick]
-    sweeps = find(task).kind != "transformer"
+    sweeps = find(task).sweeps
     return [name for name, declared in OPTIMIZERS.items() if sweeps or declared.rate is not None or name == "adamw"]
 
 

@@ -183,7 +183,7 @@ def test_a_curve_holds_what_shorter_runs_end_with(name, monkeypatch):
     def net() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 10))
 
-    monkeypatch.setitem(TASKS, "dropout", Task(images(digits, net), 50, 1e-2, "mlp"))
+    monkeypatch.setitem(TASKS, "dropout", Task(images(digits, net), 50, 1e-2))
     short, long = (measure(Run("dropout", name, "constant", "0.01", 1, steps)) for steps in (25, 50))
     curve = long["curve"].split(";")
     assert len(curve) == 10
@@ -273,8 +273,8 @@ def test_a_crash_and_a_dying_process_are_rows_and_stop_nothing(tmp_path):
         "from recipes.benchmarks.tasks import TASKS, Task\n"
         "def breaks(seed): raise RuntimeError('no\\nluck')\n"
         "def dies(seed): os._exit(9)\n"
-        "TASKS['breaks'] = Task(breaks, 5, 1e-3, 'other')\n"
-        "TASKS['dies'] = Task(dies, 5, 1e-3, 'other')\n"
+        "TASKS['breaks'] = Task(breaks, 5, 1e-3)\n"
+        "TASKS['dies'] = Task(dies, 5, 1e-3)\n"
         "if __name__ == '__main__':\n"
         "    import sys\n"
         "    main(sys.argv[2:])\n"
@@ -369,7 +369,7 @@ def test_the_full_suite_is_what_the_quick_one_lacks_with_every_optimizer():
         default_optimizers("compare", "full", "beale") == default_optimizers("compare", "full", "fashion-cnn") == [*OPTIMIZERS]
     )
     swept = {name for name, declared in OPTIMIZERS.items() if declared.rate is None}
-    assert swept & {*default_optimizers("compare", "full", "shakespeare-2x64")} == {"adamw"}
+    assert swept & {*default_optimizers("compare", "full", "shakespeare-4x128")} == {"adamw"}
 
 
 def test_the_report_of_a_full_suite_tells_what_that_lacks(tmp_path):
