@@ -40,8 +40,8 @@ def test_image_classification():
     for optimizer, processes, *cells in shown:
         runs = [row for row in rows if (row["optimizer"], row["processes"]) == (optimizer, processes)]
         measured = [float(row["test_accuracy"]) for row in sorted(runs, key=lambda row: row["seed"])]
-        assert cells[:3] == [f"{accuracy:.4f}" for accuracy in measured]
-        assert cells[3] == f"{mean(measured):.4f} ± {stdev(measured):.4f}"
+        assert cells[0] == " ".join(f"{accuracy:.4f}" for accuracy in measured)
+        assert cells[1] == f"{mean(measured):.4f} ± {stdev(measured):.4f}"
 
 
 @pytest.mark.parametrize("name", ["quick", "full", "batch-sizes", "noise"])
