@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from .directions import Adam, Momentum
+    from .directions import Adam, Momentum, SuccessiveGradients
     from .optimizer import Elra, rate
     from .rules import C2Min, P2Min, Tracking
     from .variants import ElraAdamW, ElraC2Min, ElraP2Min
@@ -21,12 +21,25 @@ _HOME = {
     "ElraP2Min": "variants",
     "ElraAdamW": "variants",
     "Momentum": "directions",
+    "SuccessiveGradients": "directions",
     "Adam": "directions",
     "C2Min": "rules",
     "P2Min": "rules",
     "Tracking": "rules",
 }
-__all__ = ["Adam", "C2Min", "Elra", "ElraAdamW", "ElraC2Min", "ElraP2Min", "Momentum", "P2Min", "Tracking", "rate"]
+__all__ = [
+    "Adam",
+    "C2Min",
+    "Elra",
+    "ElraAdamW",
+    "ElraC2Min",
+    "ElraP2Min",
+    "Momentum",
+    "P2Min",
+    "SuccessiveGradients",
+    "Tracking",
+    "rate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,32 +1,60 @@
-"""Directions: along what a step moves, and in which metric angles are measured.
+"""Directions: along what a step moves, and in which metric angles are measured. The definition, in plain torch.
 
-`measure` looks back at the step taken last, from the state as that step left it; `update` takes the next one.
-Both are multi-tensor calls; the plain loop is the same code on lists of one tensor.
-Every scalar that depends on the run is a 0-dim tensor, so nothing here waits for the device.
+Letters: g the gradient G_t; s the way back to the average of the iterates, x̄_t - x_t, which is what is stored of it, since it
+is small beside x and needs no digits of it; for the paper's rules p the gradient G_{t-1} and d the direction of step t-1.
+`measure` looks at a piece before the step, `update` takes it. Numbers that depend on the run are floats on the CPU and 0-dim
+tensors elsewhere, so that nothing waits for a device.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Move, Tensors
+from .pieces import Piece, Scalar, add_scaled, dot
+
+Counts = Mapping[str, Any]  # of one age, by name; `Scalar`s
+
+
+class Move(NamedTuple):
+    """The verdict on a step, for one bucket.
+
+    Attributes:
+        rate: η, what multiplies d_t; 0 where the step is not taken.
+        decay: share of x that the weight decay takes, or None.
+        taken: 1 where G_t enters the state, else 0.
+        back: 1 where the last step or steps are to be undone, else 0.
+        kept: 0 where past gradients are to be forgotten, else 1.
+        last: η of the step before, 0 where it did not move these tensors.
+    """
+
+    rate: Scalar
+    decay: Scalar | None
+    taken: Scalar
+    back: Scalar
+    kept: Scalar
+    last: Scalar
 
 
 class Direction(Protocol):
     """What `Elra` asks of a direction.
 
     Attributes:
-        offers: the names of the inner products that ``measure`` can take; see `rules`.
-        backtracks: undoing a step is cheap, so that a bad gradient alone may call for it.
+        offers: the names of the inner products that ``measure`` can take.
+        counters: the names of what tensors of one age count together, ``step`` among them.
+        explodes: a gradient that has suddenly grown makes a step that has.
+        relative: entries of d are of order 1, so that rates are comparable to weights.
     """
 
     offers: ClassVar[frozenset[str]]
-    backtracks: ClassVar[bool]
+    counters: ClassVar[tuple[str, ...]]
+    explodes: ClassVar[bool]
+    relative: ClassVar[bool]
 
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters that go into every parameter group."""
@@ -36,53 +64,21 @@ class Direction(Protocol):
         """Raise ValueError when a group's hyperparameter is out of range."""
         ...
 
-    def state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Fresh state of one parameter: zeros shaped like it."""
+    def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        """The state of one parameter: tensors shaped like it, by name, with their dtypes."""
         ...
 
-    def measure(self, bucket: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-        """Return the inner products ``needs`` of each tensor, shape (tensors, needs), in ``dtype``."""
+    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+        """Return the inner products ``needs`` of a piece, 0-dim, from the state before the step; ``last`` as in `Move`."""
         ...
 
-    def update(self, bucket: Bucket, move: Move) -> None:
-        """Take the step, or undo the last one: change ``params`` and ``state`` in place."""
+    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+        """Take the step: change ``p`` and ``state`` of the piece in place."""
         ...
 
-    def count(self, bucket: Bucket, move: Move) -> Tensor:
-        """Return ``step`` as it is after the move."""
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        """Return the counts as they are after the step."""
         ...
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ as a 0-dim tensor, whatever the strides."""
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
-    return (a * b).sum()
-
-
-def dots(xs: Tensors, ys: Tensors, dtype: torch.dtype) -> Tensor:
-    """⟨x, y⟩ for each pair, shape (tensors,)."""
-    return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)]).to(dtype)
-
-
-def log_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
-    """(Σ log|x_i|, number of terms) over the entries of each tensor where x_i ≠ 0 and g_i ≠ 0, shape (tensors, 2).
-
-    A gradient of 0 marks rows of an embedding that the batch does not use, and padding, which may hold anything.
-    """
-    used = [(x != 0) & (g != 0) for x, g in zip(xs, grads, strict=True)]
-    logs = [torch.where(use, x.abs(), 1.0).log().sum() for use, x in zip(used, xs, strict=True)]
-    return torch.stack([torch.stack(logs), torch.stack([use.sum() for use in used])], 1).to(dtype)
-
-
-def square_sizes(xs: Tensors, grads: Tensors, dtype: torch.dtype) -> Tensor:
-    """Σ x_i² over the entries of each tensor where g_i ≠ 0, shape (tensors,); as to the others see `log_sizes`."""
-    return torch.stack([torch.where(g != 0, x, 0.0).to(dtype).square().sum() for x, g in zip(xs, grads, strict=True)])
-
-
-def add_scaled(xs: Tensors, ys: Tensors | tuple[Tensor, ...], scale: Tensor) -> None:
-    """Add scale·y to x for each pair and a 0-dim ``scale``."""
-    torch._foreach_add_(xs, torch._foreach_mul(ys, scale.to(xs[0].dtype)))
 
 
 def check_betas(betas: tuple[float, float]) -> None:
@@ -91,23 +87,40 @@ def check_betas(betas: tuple[float, float]) -> None:
         raise ValueError(f"betas={betas!r} is invalid: give a pair of numbers in [0, 1)")
 
 
+def gradient(piece: Piece, move: Move) -> Tensor:
+    """G_t, or 0 where it is not taken: a bad number must not meet the state even with a weight of 0."""
+    if isinstance(move.taken, float):
+        return piece.g if move.taken else torch.zeros_like(piece.g)
+    return torch.where(move.taken > 0, piece.g, 0.0)
+
+
+def share(counts: Counts) -> Scalar:
+    """The share of x_{t+1} in the average of all iterates, x_1 included: 1 / (t + 1)."""
+    result: Scalar = 1.0 / (counts["step"] + 2.0)
+    return result
+
+
+def follow(way: Tensor, counts: Counts, move: Move) -> None:
+    """x̄_{t+1} - x_{t+1} from ``way``, x̄_t - x_{t+1}."""
+    way.mul_(1.0 - move.taken * share(counts))
+
+
 @dataclass(frozen=True)
 class Momentum:
     """Quasi-hyperbolic momentum of past gradients, Euclidean metric. Source: arXiv 2309.06274.
 
-    M_t = β1 M_{t-1} + (1-β1) G_{t-1};  d_t = (1-β2) G_t + β2 M_t;  first step: M_1 = G_1, d_1 = G_1.
-    G_t is shortened where the step says so. State: G_{t-1} and, unless β2 = 0, M_{t-1}, in the parameter's dtype.
-
-    While ``step`` is 0 the stored tensors are stale: a restart resets ``step`` and writes no memory.
-    M_1 is never stored, since all it does is to make M_2 = G_1, which is G_{t-1} at step 2.
+    d_t = (1-β2) G_t + β2 M_t;  M_{t+1} = β1 M_t + (1-β1) G_t;  first step: M_1 = G_1, d_1 = G_1.
+    State: M, unless β2 = 0, and x̄ - x, in the parameter's dtype. Where steps have exploded x goes back to x̄.
 
     Args:
         betas: (β1, β2), each in [0, 1).
     """
 
     betas: tuple[float, float] = (0.8, 0.7)
-    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd", "pd", "dd"})
-    backtracks: ClassVar[bool] = True
+    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss"})
+    counters: ClassVar[tuple[str, ...]] = ("step",)
+    explodes: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
@@ -118,28 +131,83 @@ class Momentum:
     def check(self, group: dict[str, Any]) -> None:
         check_betas(group["betas"])
 
-    def state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        names = ("grad_prev", "momentum") if group["betas"][1] else ("grad_prev",)
-        return {name: torch.zeros_like(param) for name in names}
+    def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        return dict.fromkeys(("way", "momentum") if group["betas"][1] else ("way",), param.dtype)
 
-    def _last_weights(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+        letters = {"g": piece.g, "s": piece.state["way"]}
+        return [dot(letters[a], letters[b]) for a, b in needs]
+
+    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+        beta1, beta2 = piece.bucket.group["betas"]
+        p, way, m, g = piece.p, piece.state["way"], piece.state.get("momentum"), gradient(piece, move)
+        if not isinstance(move.back, float) or move.back:
+            add_scaled(p, way, move.back)
+            way.mul_(1.0 - move.back)
+        if move.decay is not None:
+            add_scaled(way, p, move.decay)
+            add_scaled(p, p, -move.decay)
+        new = _is(counts["step"] == 0)
+        if m is not None:
+            m.lerp_(g, new * move.taken)  # M_1 = G_1
+            for y, sign in ((p, -1.0), (way, 1.0)):
+                add_scaled(y, m, sign * beta2 * move.rate)
+            m.lerp_(g, (1.0 - beta1) * move.taken)
+        for y, sign in ((p, -1.0), (way, 1.0)):
+            add_scaled(y, g, sign * (1.0 - (beta2 if m is not None else 0.0)) * move.rate)
+        follow(way, counts, move)
+
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        return {"step": (counts["step"] + move.taken) * move.kept}
+
+
+@dataclass(frozen=True)
+class SuccessiveGradients:
+    """The same momentum, measured by successive gradients as the paper does. Source: arXiv 2309.06274.
+
+    State: G_{t-1} and, unless β2 = 0, M_{t-1}, in the parameter's dtype. While ``step`` is 0 they are stale: a restart
+    writes no memory. M_1 is never stored, since all it does is to make M_2 = G_1, which is G_{t-1} at step 2.
+    Where a step has exploded it is undone.
+
+    Args:
+        betas: (β1, β2), each in [0, 1).
+    """
+
+    betas: tuple[float, float] = (0.8, 0.7)
+    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd", "pd"})
+    counters: ClassVar[tuple[str, ...]] = ("step",)
+    explodes: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+
+    def defaults(self) -> dict[str, Any]:
+        return {"betas": self.betas}
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_betas(group["betas"])
+
+    def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        return dict.fromkeys(("grad_prev", "momentum") if group["betas"][1] else ("grad_prev",), param.dtype)
+
+    def _last_weights(self, piece: Piece, counts: Counts) -> tuple[Scalar, Scalar]:
         """(a, b) of d_{t-1} = a·G_{t-1} + b·M_{t-1}: (0, 0) before a step, and step 1 moved along G_1 alone."""
-        beta2 = bucket.group["betas"][1]
-        zero = torch.zeros_like(bucket.age)
-        b = torch.where(bucket.age > 1, beta2, zero)
-        return torch.where(bucket.age > 0, 1.0 - b, zero), b
+        beta2 = piece.bucket.group["betas"][1]
+        b = beta2 * _is(counts["step"] > 1)
+        return (1.0 - b) * _is(counts["step"] > 0), b
 
-    def measure(self, bucket: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-        letters = {"g": bucket.grads, "p": bucket.state["grad_prev"], "m": bucket.state.get("momentum")}
-        past = (bucket.age > 0).to(dtype)
-        a, b = (weight.to(dtype) for weight in self._last_weights(bucket))
+    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+        letters = {"g": piece.g, "p": piece.state["grad_prev"], "m": piece.state.get("momentum")}
+        past = _is(counts["step"] > 0)
+        a, b = self._last_weights(piece, counts)
         known: dict[str, Tensor] = {}
 
         def product(name: str) -> Tensor:
             """The products of two letters, taken once; a momentum that is not kept is zero."""
             if name not in known:
-                xs, ys = letters[name[0]], letters[name[1]]
-                known[name] = dots(xs, ys, dtype) if xs and ys else a.new_zeros(len(bucket.grads))
+                x, y = letters[name[0]], letters[name[1]]
+                known[name] = piece.g.new_zeros(()) if x is None or y is None else dot(x, y)
             return known[name]
 
         columns = {
@@ -148,46 +216,48 @@ class Momentum:
             "pp": lambda: past * product("pp"),
             "gd": lambda: a * product("gp") + b * product("gm"),
             "pd": lambda: a * product("pp") + b * product("pm"),
-            "dd": lambda: a * a * product("pp") + 2 * a * b * product("pm") + b * b * product("mm"),
         }
-        return torch.stack([columns[need]() for need in needs], dim=1)
+        return [columns[need]() for need in needs]
 
-    def update(self, bucket: Bucket, move: Move) -> None:
-        beta1, beta2 = bucket.group["betas"]
-        params, previous, momenta = bucket.params, bucket.state["grad_prev"], bucket.state.get("momentum")
-        zero = torch.zeros_like(bucket.age)
-        if move.back is not None:
-            a, b = self._last_weights(bucket)
-            add_scaled(params, previous, move.back * a)
-            if momenta is not None:
-                add_scaled(params, momenta, move.back * b)
+    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+        beta1, beta2 = piece.bucket.group["betas"]
+        p, previous, m, g = piece.p, piece.state["grad_prev"], piece.state.get("momentum"), gradient(piece, move)
+        if not isinstance(move.back, float) or move.back:
+            a, b = self._last_weights(piece, counts)
+            add_scaled(p, previous, move.back * move.last * a)
+            if m is not None:
+                add_scaled(p, m, move.back * move.last * b)
         if move.decay is not None:
-            torch._foreach_mul_(params, move.decay)
-        now = torch.where(bucket.age > 0, beta2, zero)  # β2, or 0 in the first step
-        if momenta is not None:
+            add_scaled(p, p, -move.decay)
+        now = beta2 * _is(counts["step"] > 0)  # β2, or 0 in the first step
+        if m is not None:
             # M += w (G_{t-1} - M): w = 1 makes M_2 = G_1, and 0 leaves M where nothing is taken or all is stale
-            w = torch.where(bucket.age == 1, 1.0, zero + (1.0 - beta1)) * (move.taken & (bucket.age > 0))
-            add_scaled(momenta, torch._foreach_sub(previous, momenta), w)
-            add_scaled(params, momenta, -move.rate * now)
-        for p, g in zip(previous, bucket.grads, strict=True):
-            torch.where(move.taken, g, p, out=p)
-        if move.clip is not None:
-            torch._foreach_mul_(previous, torch.where(move.taken, move.clip, 1.0))
-        # G_t as stored, so that a non-finite one never meets x
-        add_scaled(params, previous, -move.rate * (1.0 - now))
+            first = _is(counts["step"] == 1)
+            m.lerp_(previous, (first + (1.0 - first) * (1.0 - beta1)) * _is(counts["step"] > 0) * move.taken)
+            add_scaled(p, m, -move.rate * now)
+        previous.lerp_(g, move.taken)
+        add_scaled(p, g, -move.rate * (1.0 - now))
 
-    def count(self, bucket: Bucket, move: Move) -> Tensor:
-        return torch.where(move.restart, 0.0, bucket.step + move.taken)
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        return {"step": (counts["step"] + move.taken) * move.kept}
+
+
+def _is(flag: Any) -> Any:
+    """1 or 0, as a float or a tensor."""
+    return flag.float() if isinstance(flag, Tensor) else float(flag)
 
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam's direction d_t = P_t^{-1} m̂_t in its own metric, P_t = diag(√v̂_t + ε). Source: arXiv 1412.6980.
+    """Adam's direction d_t = P_t^{-1} m̂_t in its own metric, P_t = diag(√v_t + ε). Source: arXiv 1412.6980; the weights ours.
 
-    Gradients are measured with P^{-1} and steps with P: gg = ⟨G, P^{-1} G⟩, dd = ⟨d, P d⟩, with P and d of step t-1, which
-    follow from m and v before they are updated. A restart forgets m and keeps v.
-    State: m in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution of
-    bfloat16, and a v kept there would never fall.
+    Each square is weighed with the rate that it was met at: S_t = β2 S_{t-1} + η_t, v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}). At
+    a constant rate this is Adam with its bias correction; otherwise the squares that were met while the rate was
+    looked for, high up and at tiny rates, would stay in v for the whole of a short run.
+    Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry that
+    was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
+    State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
+    of bfloat16, and a v kept there would never fall.
 
     Args:
         betas: (β1, β2), each in [0, 1).
@@ -196,8 +266,10 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gd", "dd"})
-    backtracks: ClassVar[bool] = False
+    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss"})
+    counters: ClassVar[tuple[str, ...]] = ("step", "weight")
+    explodes: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check(self.defaults())
@@ -210,53 +282,57 @@ class Adam:
         if not (math.isfinite(group["eps"]) and group["eps"] > 0.0):
             raise ValueError(f"eps={group['eps']!r} is invalid: give a small positive number, e.g. 1e-8")
 
-    def state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        wide = torch.promote_types(param.dtype, torch.float32)
-        return {"mean": torch.zeros_like(param), "variance": torch.zeros_like(param, dtype=wide)}
+    def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        return {"way": param.dtype, "mean": param.dtype, "variance": torch.promote_types(param.dtype, torch.float32)}
 
     @staticmethod
-    def _correction(beta: float, step: Tensor) -> Tensor:
-        """1 / (1 - β^step); 0 at step 0. expm1 keeps the digits that 1 - β^step loses in float32."""
-        kept = -torch.expm1(step * math.log(beta)) if beta > 0.0 else torch.ones_like(step)
-        return torch.where(step > 0, 1.0 / kept, 0.0)
+    def _fresh(beta2: float, counts: Counts, rate: Scalar) -> tuple[Any, Any]:
+        """(S_t, η_t/S_t), the latter 1 before any step has moved."""
+        total = beta2 * counts["weight"] + rate
+        if isinstance(total, Tensor):
+            return total, torch.where(total > 0, rate / total, 1.0)
+        return total, rate / total if total > 0 else 1.0
 
-    def _denominators(self, bucket: Bucket, step: Tensor) -> Tensors:
-        """√v̂ + ε after ``step`` steps."""
-        denominators = list(torch._foreach_sqrt(bucket.state["variance"]))
-        scale = self._correction(bucket.group["betas"][1], step).sqrt()
-        torch._foreach_mul_(denominators, scale.to(denominators[0].dtype))
-        torch._foreach_add_(denominators, bucket.group["eps"])
-        return denominators
+    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+        beta2, eps = piece.bucket.group["betas"][1], piece.bucket.group["eps"]
+        _, fresh = self._fresh(beta2, counts, last)
+        g, way = piece.g, piece.state["way"]
+        metric = piece.state["variance"] * (1.0 - fresh)
+        if isinstance(fresh, float):
+            metric.addcmul_(g, g, value=fresh)
+        else:
+            metric.addcmul_(g * fresh, g)
+        metric.sqrt_().add_(eps)
+        work = g / metric
+        found = {"gg": dot(work, g), "gs": dot(g, way)}
+        found["ss"] = dot(torch.mul(way, metric, out=work), way)
+        return [found[need] for need in needs]
 
-    def measure(self, bucket: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-        grads, means = bucket.grads, bucket.state["mean"]
-        denominators = self._denominators(bucket, bucket.age)
-        mean_hat = self._correction(bucket.group["betas"][0], bucket.age).to(dtype)
-        grads_metric = list(torch._foreach_div(grads, denominators))
-        columns = {
-            "gg": lambda: dots(grads_metric, grads, dtype),
-            "gd": lambda: dots(grads_metric, means, dtype) * mean_hat,
-            "dd": lambda: dots(list(torch._foreach_div(means, denominators)), means, dtype) * mean_hat.square(),
-        }
-        return torch.stack([columns[need]() for need in needs], dim=1)
-
-    def update(self, bucket: Bucket, move: Move) -> None:
-        beta1, beta2 = bucket.group["betas"]
-        params, means, variances = bucket.params, bucket.state["mean"], bucket.state["variance"]
-        if move.back is not None:
-            directions = torch._foreach_div(means, self._denominators(bucket, bucket.age))
-            add_scaled(params, directions, move.back * self._correction(beta1, bucket.age))
+    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+        (beta1, beta2), eps = piece.bucket.group["betas"], piece.bucket.group["eps"]
+        p, way, m, v = piece.p, piece.state["way"], piece.state["mean"], piece.state["variance"]
+        g = gradient(piece, move)
+        if not isinstance(move.back, float) or move.back:
+            add_scaled(p, way, move.back)
+            way.mul_(1.0 - move.back)
+            m.mul_(move.kept)
         if move.decay is not None:
-            torch._foreach_mul_(params, move.decay)
-        grads = [torch.where(move.taken, g, 0.0) for g in bucket.grads]
-        one = torch.ones_like(move.rate)
-        torch._foreach_mul_(means, torch.where(move.restart, 0.0, torch.where(move.taken, beta1, one)))
-        torch._foreach_add_(means, grads, alpha=1.0 - beta1)
-        torch._foreach_mul_(variances, torch.where(move.taken, beta2, one))
-        torch._foreach_addcmul_(variances, grads, grads, value=1.0 - beta2)
-        after = bucket.age + 1
-        directions = torch._foreach_div(means, self._denominators(bucket, after))
-        add_scaled(params, directions, -move.rate * self._correction(beta1, after))
+            add_scaled(way, p, move.decay)
+            add_scaled(p, p, -move.decay)
+        m.lerp_(g, (1.0 - beta1) * move.taken)
+        fresh = self._fresh(beta2, counts, move.rate)[1] * move.taken
+        v.mul_(1.0 - fresh)
+        if isinstance(fresh, float):
+            v.addcmul_(g, g, value=fresh)
+        else:
+            v.addcmul_(g * fresh, g)
+        moved = m / v.sqrt().add_(eps)
+        correction = 1.0 / (1.0 - beta1 ** (counts["step"] * 1.0 + 1.0)) if beta1 else 1.0
+        for y, sign in ((p, -1.0), (way, 1.0)):
+            add_scaled(y, moved, sign * move.rate * correction)
+        follow(way, counts, move)
 
-    def count(self, bucket: Bucket, move: Move) -> Tensor:
-        return bucket.step + move.taken
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        total, _ = self._fresh(group["betas"][1], counts, move.rate)
+        weight = counts["weight"] + move.taken * (total - counts["weight"])
+        return {"step": counts["step"] + move.taken, "weight": weight}

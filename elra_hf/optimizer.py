@@ -1,64 +1,33 @@
-"""`Elra`: one step, in the order of the method. gradient → measure → reduce → adapt → bound or restart → update."""
+"""`Elra`: one step, in the order of the method. gather → measure → reduce → decide → update."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.optim import Optimizer
 
-from .bucket import Bucket
-from .directions import Direction, dots, log_sizes, square_sizes
-from .reduce import Groups, all_sum, gradient, groups_of, is_bare, local, require_same, world_size
-from .rules import CEILING, RECORD, SHORT, SHORT_OF_ONE, SHORT_OF_SLICES, STRAIGHT, TREND_MEMORY, Rule
+from .directions import Direction, Move
+from .groups import Groups, is_wide
+from .pieces import SIZES, Bucket, dot
+from .reduce import Groups as Ranks
+from .reduce import all_sum, gradient, groups_of, is_bare, local, require_same
+from .rules import Decision, Rule
+from .witness import exploded_loss, exploded_norm
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 Scope = Literal["global", "group", "tensor"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
-
-# A gradient this many times longer than the longest of late is taken for an explosion: a run with growth limit 2 cannot reach
-# it in one step on a quadratic before the rate has passed the edge of stability. Not than the one before: where most of the
-# data are learnt, a batch now and then has a gradient that is ten times as long as that of the others, and a restart for each
-# brought the rate of nets for digits down to its lower bound.
-NORM_EXPLOSION = 10.0
-# What is left of that longest gradient's square after a step.
+# What is left of the longest gradient's square after a step.
 NORM_MEMORY = 0.98
-# A loss this many times the best one, and above the first one, is taken for an explosion. Source: the method's authors (25).
-LOSS_EXPLOSION = 25.0
-# The largest η·weight_decay of a step. Where gradients vanish, as on separable data, α grows until this alone would
+# The largest η·weight_decay of a step. Where gradients vanish, as on separable data, α may grow until this alone would
 # bring all weights to zero within a few steps.
 MOST_DECAY = 0.01
-
-
-# What every group carries from step to step, as 0-dim tensors, with the values that a run starts from.
-SCALARS = {
-    "cos": 0.0,
-    "restarts": 0.0,
-    "clamps": 0.0,
-    "steps": 0.0,
-    "clock": 0.0,
-    "trend": 1.0,
-    "longest": 0.0,
-    "scale": 0.0,
-    "hurdle": 0.0,
-    "ceiling": 0.0,
-    "multiplier": 0.0,
-    "peak": 0.0,
-    "first_loss": math.inf,
-    "best_loss": math.inf,
-}
-
-
-def is_wide(param: Tensor) -> bool:
-    """Whether ``param`` calls for a rate in float64."""
-    return param.dtype in (torch.float64, torch.complex128)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -67,36 +36,56 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-class Elra(Optimizer):
+class Verdict(NamedTuple):
+    """What becomes of a step.
+
+    Attributes:
+        alpha: the rates of the step, shape (cells,).
+        last: those of the step before, shape (cells,).
+        cos: the cosines that the rule saw, shape (cells,).
+        memory: what the cells keep, by name, each of shape (cells,).
+        taken: G_t is finite, not zero, and no explosion; 0-dim bool.
+        bad: a restart; 0-dim bool.
+        back: the restart undoes what led to it; 0-dim bool.
+        clamped: a rate met its bounds; 0-dim bool.
+        square: ‖G_t‖² in the metric of the direction, 0-dim.
+    """
+
+    alpha: Tensor
+    last: Tensor
+    cos: Tensor
+    memory: dict[str, Tensor]
+    taken: Tensor
+    bad: Tensor
+    back: Tensor
+    clamped: Tensor
+    square: Tensor
+
+
+class Elra(Groups):
     """Gradient descent whose rate adapts itself, from a direction and a rate rule. Source: arXiv 2309.06274.
 
-    x_{t+1} = x_t - η_t d_t with η_t = α_t · group["lr"] / α_0. The rule turns the inner products of the gradient with the
-    last gradient and direction into α_t. ``lr`` is α_0, the first rate; a scheduler that writes ``group["lr"]``
-    multiplies, and never touches α. Every group carries the same public state, 0-dim tensors:
+    x_{t+1} = x_t - η_t d_t with η_t = α_t · share_t. The rule turns the inner products of the gradient with where the run comes
+    from into α_t. A scheduler that writes ``group["lr"]`` holds the rate down: share_t is lr over the highest lr of the group so
+    far, times the ratio of the group's lr to that of the optimizer. Every group shows the same public state, 0-dim tensors:
     ``group["alpha"]`` (α_t; under scope "tensor" the geometric mean of the group's), ``group["cos"]`` (the cosine the rule
-    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds), ``group["steps"]`` (taken so far),
-    ``group["multiplier"]`` (lr / α_0 of the last step), ``group["peak"]`` (the highest so far), ``group["clock"]`` (steps or
-    overshoots, less where the schedule held the rate down), ``group["trend"]`` (of steps that stop short, 1, and
-    overshoot, -1), ``group["longest"]`` (square of the longest gradient of late), for relative rules ``group["scale"]``
-    (typical size of a weight at the start), and for those that count overshoots ``group["hurdle"]`` (square of the length
-    that a step must have had for them to count; 0 once one had it) and ``group["ceiling"]`` (square of the longest gradient
-    with which the run went straight).
+    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds) and ``group["effective_lr"]`` (η_t), unless the
+    group brings a key of that name. The state itself lies under names that begin with "elra_".
 
-    ``step()`` never waits for the device. It issues no collective unless parameters are sharded; see `reduce`.
+    ``step()`` never waits for an accelerator. It issues no collective unless parameters are sharded; see `reduce`.
 
     Args:
         params: parameters or parameter groups; groups may set ``lr``, ``weight_decay`` and the direction's hyperparameters.
         direction: along what to move, e.g. ``Momentum()`` or ``Adam()``.
         rule: how the rate follows, e.g. ``C2Min()``, ``P2Min()`` or ``Tracking()``.
-        lr: α_0 > 0, a float or a 0-dim tensor.
+        lr: α_0 > 0, a float or a tensor of one number.
         weight_decay: decoupled; x is multiplied by exp(-η·weight_decay), at most by exp(-0.01), which never changes a sign.
         scope: over what the inner products are summed and one rate is kept: "global", "group" or "tensor".
         bounds: (lowest, highest) α; beyond them it is clamped and ``clamps`` counts.
         restart_factor: factor on α at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        foreach: all tensors of a bucket in one call (True), or one at a time with less temporary memory (False).
-            None: True on accelerators. Both give the same bits.
-        process_group: the ranks that hold other slices of the parameters, where that cannot be seen from them
+        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
+        process_group: the ranks that hold other parts of the parameters, where that cannot be seen from them
             (FSDP1, DeepSpeed ZeRO). Not for DDP, nor for FSDP2 and tensor parallelism, which are recognised.
         check_sync: at every step, compare parameters, gradient and rate over all ranks, and raise where they have come
             apart. Costs one small all-reduce and a wait for the device: for debugging.
@@ -117,7 +106,7 @@ class Elra(Optimizer):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        foreach: bool | None = None,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
@@ -154,95 +143,9 @@ class Elra(Optimizer):
             "weight_decay": weight_decay,
             **direction.defaults(),
             "maximize": maximize,
-            "foreach": foreach,
-            "alpha0": float(lr),
-            "alpha": None,
-            **dict.fromkeys(SCALARS),
-            "idle": "",
-            "calls": 0,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
-
-    # ---- groups and state -----------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, also in mid-training: it then starts at the rate reached so far."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        self._fill_group(group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "weight_decay"):
-            value = float(group[name])
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name}={group[name]!r} is invalid: give a finite number >= 0")
-        unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names", "name"}
-        for name in sorted(unknown & {"gain", "target", "growth_limit", "scope", "bounds", "restart_factor"}):
-            raise ValueError(
-                f"{name}={group[name]!r} in a parameter group is not supported: the rate rule is one for all groups; "
-                f"pass {name} to the optimizer"
-            )
-        self.direction.check(group)
-
-    def _fill_group(self, group: dict[str, Any]) -> None:
-        """Give ``group`` whatever state it lacks: a late group, or a pickle from before a key existed."""
-        first = self.param_groups[0]
-        dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
-        for name, start in {"alpha": group["alpha0"], **SCALARS}.items():
-            if group[name] is None:
-                # the last move of a late group has no length
-                value = None if name == "multiplier" else first[name]
-                group[name] = torch.tensor(start, dtype=dtype) if value is None else value.clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but ``process_group``, which does not pickle: pass it again where it is needed."""
-        own = ("direction", "rule", "scope", "bounds", "restart_factor", "check_sync")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("process_group", None)
-        self.__dict__.setdefault("check_sync", False)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            self._fill_group(group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch does, with a counter for each parameter: distributed checkpoints load in place, one by one."""
-        state_dict = super().state_dict()
-        for key, state in state_dict["state"].items():
-            if "step" in state:
-                state_dict["state"][key] = {**state, "step": state["step"].clone()}
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep each state tensor's own dtype, which torch would cast to the parameter's."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        counters: dict[tuple[int, torch.device, float], Tensor] = {}
-        for i, (index, p) in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                value = value.to(p.device)
-                if name == "step":  # a group's parameters of one age share one counter; ZeRO steps the groups apart
-                    value = counters.setdefault((index, p.device, float(value)), value.clone())
-                elif value.dtype != self.state[p][name].dtype:
-                    value = value.clone()
-                else:
-                    value = self.state[p][name]
-                self.state[p][name] = value
-
-    def __repr__(self) -> str:
-        head = f"{type(self).__name__} (direction={self.direction!r}, rule={self.rule!r}, scope={self.scope!r})"
-        return head + super().__repr__().removeprefix(type(self).__name__)
-
-    # ---- the step -------------------------------------------------------------------------------------------------
 
     @overload
     def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
@@ -254,9 +157,9 @@ class Elra(Optimizer):
         """Take one step.
 
         Args:
-            closure: evaluates the model and returns the loss; called once, first, with gradients enabled.
-            loss: the loss at x_t, equal on all ranks. Optional: with it, a step after which the loss exploded is undone.
-                Taken from ``closure`` if not given, unless there are several ranks, each with a loss of its own.
+            closure: evaluates the model and returns the loss; called once, first, with gradients enabled. What it returns is
+                handed through and not used, since the loss of one batch says little.
+            loss: the loss at x_t, a number equal on all ranks. Optional: with it, steps after which the loss exploded are undone.
 
         Returns:
             What ``closure`` returned.
@@ -268,169 +171,89 @@ class Elra(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-            if loss is None and world_size() == 1:
-                loss = result
-        self._step(loss)
+        params = [p for group in self.param_groups for p in group["params"]]
+        ranks = groups_of(params, self.process_group)
+        buckets = self._gather(ranks)
+        self._require_all(params)
+        if buckets or any(ranks) or self.check_sync:
+            shares = self._enter(params, buckets)
+            before = self._recall(params)
+            parts = self._measure(buckets, ranks, shares, before)
+            total = all_sum(parts)
+            verdict = self._decide(total, before, shares, loss)
+            if self.check_sync:
+                # also of what is whole on every rank, since the sum takes that from one rank only
+                seen = torch.stack([total, parts.get((), total)])
+                require_same(seen[..., -1:], seen[..., :-1], verdict.alpha)
+            self._update(buckets, verdict, shares)
+            self._publish(params, verdict, shares)
         return result
 
-    def _step(self, loss: float | Tensor | None) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        splits = groups_of(params, self.process_group)
-        buckets = self._gather(splits)
-        self._require_all(params)
-        if not buckets and not any(splits) and not self.check_sync:
-            return
-        device = buckets[0].params[0].device if buckets else local(params[0]).device
-        dtype = torch.float64 if any(map(is_wide, params)) else torch.float32
-        for group in self.param_groups:
-            for name in ("alpha", *SCALARS):
-                group[name] = group[name].to(device, dtype)
+    # ---- gather -----------------------------------------------------------------------------------------------------------
 
-        # measure, reduce
-        needs = (*sorted(self.rule.needs - {"gg"}), "gg")
-        parts = self._measure(buckets, splits, needs, device, dtype)
-        total = all_sum(parts)
-        square = total[:, len(needs)].sum()  # ‖G_t‖², without the weights of the last step
-
-        # adapt
-        present = [group for group in self.param_groups if not self._absent(group)] or self.param_groups
-        longest = present[0]["longest"]
-        weights = self._weights()
-        if self.rule.relative:
-            dots = self._survey(total, needs)
-        else:
-            cells = self._cells(total)
-            dots = dict(zip(needs, cells.unbind(1), strict=False))
-        for name in ("clock", "steps"):
-            dots[name] = self._of_cells([group[name] for group in self.param_groups])
-        dots["weight"] = self._of_cells(weights)
-        alphas = self._alphas(params)
-        if self.rule.clock == "overshoots":
-            self._note_hurdle(total[:, len(needs) + 1 : len(needs) + 3])
-            # of a step along the longer one of G_t and G_{t-1}
-            lengths = alphas.square() * torch.maximum(dots["gg"], dots["pp"])
-            short = [self._sum_of(lengths, index) < group["hurdle"] for index, group in enumerate(self.param_groups)]
-            trends = self._trends(dots, short)
-            dots |= {"trend": self._of_cells(trends), "short": self._of_cells(short)}
-            dots["record"] = square > RECORD**2 * longest
-            if self.rule.clips:
-                squares = [self._sum_of(cells[:, len(needs)], index) for index in range(len(trends))]
-                straight = self._straight(trends)
-                clips = self._clips(squares, straight)
-                shorter = self._of_cells(clips)
-                for name in needs:
-                    dots[name] = dots[name] * shorter ** name.count("g")
-        adapted, cos = self.rule(alphas, dots)
-        some = square != 0
-        bad = ~torch.isfinite(square)
-        shrink = torch.full_like(square, self.restart_factor)
-        if "pp" in dots:
-            exploded = (dots["pp"].sum() > 0) & torch.isfinite(square) & (square > NORM_EXPLOSION**2 * longest)
-            bad = bad | exploded
-            # so that a step along the new gradient is no longer than one along the longest was
-            shrink = torch.where(exploded, torch.minimum(shrink, (longest / square).sqrt()), shrink)
-        if loss is not None:
-            bad = bad | self._exploded(loss)
-        taken = some & ~bad
-
-        # bound, or restart
-        adapted = torch.where(bad, alphas * shrink, adapted)
-        adapted = torch.where(some & torch.isfinite(adapted), adapted, alphas)
-        bounded = torch.where(some, adapted.clamp(*self.bounds), alphas)
-
-        if self.check_sync:
-            # also of what is whole on every rank, since the sum takes that from one rank only
-            seen = torch.stack([total, parts.get((), total)])
-            products = len(needs) + 1
-            require_same(seen[..., products:], seen[..., :products], bounded)
-
-        # update
-        undo = self.direction.backtracks or loss is not None
-        multipliers = [torch.zeros_like(g["alpha"]) + g["lr"] / g["alpha0"] for g in self.param_groups]
-        counts: dict[int, tuple[Tensor, Tensor]] = {}
-        for bucket in buckets:
-            group, cell = bucket.group, self._cell(bucket.index, bucket.members[0])
-            rate = torch.where(taken, bounded[cell] * multipliers[bucket.index], 0.0)
-            back = torch.where(bad, alphas[cell] * group["multiplier"], 0.0) if undo and not bucket.idle else None
-            decay = None
-            if group["weight_decay"]:
-                lost = (rate * group["weight_decay"]).clamp(max=MOST_DECAY)
-                if back is not None:
-                    lost = lost - (back * group["weight_decay"]).clamp(max=MOST_DECAY)
-                decay = torch.exp(-lost)
-            move = bucket.move(rate, decay, back, taken, bad, clips[bucket.index] if self.rule.clips else None)
-            for chunk in bucket.chunks():
-                work = chunk.opened()
-                self.direction.update(work, move)
-                chunk.close(work)
-            counts[id(bucket.step)] = bucket.step, self.direction.count(bucket, move)
-        for step, count in counts.values():
-            step.copy_(count)
-        self._publish(params, bounded, cos, taken)
-        clamps = (bounded != adapted).any()
-        longest = torch.where(taken, torch.maximum(NORM_MEMORY * longest, square), longest)
-        for index, (group, multiplier) in enumerate(zip(self.param_groups, multipliers, strict=True)):
-            if self._absent(group):
-                continue
-            if self.rule.clock == "steps":
-                group["clock"] = group["clock"] + taken * weights[index]
-            else:
-                trend, clock = trends[index], group["clock"]
-                clock = torch.where(trend < 0, clock + weights[index], torch.where(trend < STRAIGHT, clock, 0.0))
-                for name, value in (("trend", trend), ("clock", clock)):
-                    group[name] = torch.where(bad, SCALARS[name], torch.where(taken, value, group[name]))
-                group["hurdle"] = torch.where(taken & ~short[index], 0.0, group["hurdle"])
-                if self.rule.clips:
-                    longer = torch.maximum(group["ceiling"], squares[index])
-                    group["ceiling"] = torch.where(taken & straight[index], longer, group["ceiling"])
-            group["calls"] = min(group["calls"] + 1, 2)
-            group["restarts"] = group["restarts"] + bad
-            group["clamps"] = group["clamps"] + clamps
-            group["steps"] = group["steps"] + taken
-            group["longest"] = longest
-            group["peak"] = torch.where(taken, torch.maximum(group["peak"], multiplier), group["peak"])
-            group["multiplier"] = torch.where(bad, 0.0, torch.where(taken, multiplier, group["multiplier"]))
-
-    def _note_hurdle(self, starts: Tensor) -> None:
-        """Set ``group["hurdle"]`` in the first step; see `SHORT`.
-
-        Args:
-            starts: ‖x_1‖² and ‖G_1‖² of each tensor, or of each cell where tensors are hidden, shape (tensors or cells, 2).
-        """
-        for group, rows in zip(self.param_groups, self._shared(starts), strict=True):
-            if group["calls"] < 2:
-                start, square = rows.unbind(1)
-                whole = (SHORT if self.process_group is None else SHORT_OF_SLICES) ** 2 * start.sum()
-                # the whole length where the part in one tensor is long enough
-                each = torch.where((start > 0) & (square > 0), SHORT_OF_ONE**2 * start * square.sum() / square, whole)
-                hurdle = torch.cat([whole[None], each]).amin()
-                group["hurdle"] = torch.where((group["steps"] == 0) & (whole > 0), hurdle, group["hurdle"])
-
-    def _trends(self, dots: dict[str, Tensor], short: list[Tensor]) -> list[Tensor]:
-        """The trend of each group with the last step in it, unless that was too short to tell; see `Clock`."""
-        trends = []
+    def _gather(self, ranks: list[Ranks]) -> list[Bucket]:
+        """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        newborn: dict[torch.device, dict[str, Tensor]] = {}
+        member = -1
         for index, group in enumerate(self.param_groups):
-            end, moved = (self._sum_of(dots[name], index) for name in ("gd", "pp"))
-            trend = TREND_MEMORY * group["trend"] + (1.0 - TREND_MEMORY) * end.sign()
-            trends.append(torch.where((moved > 0) & ~short[index], trend, group["trend"]))
-        return trends
+            # a string, since distributed checkpoints take lists apart and expect the same length when they load
+            idle = {int(position) for position in group["elra_idle"].split()}
+            absent = []
+            for position, p in enumerate(group["params"]):
+                member += 1
+                if p.grad is None:
+                    if local(p).numel():  # FSDP1 gives no gradient to the ranks that hold nothing of a parameter
+                        absent.append(str(position))
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}): "
+                        "build the embedding with sparse=False"
+                    )
+                state = self.state[p]
+                if not state:
+                    self._give_birth(p, group, newborn)
+                self._raise_state(p, group)
+                new = any(state["step"] is fresh["step"] for fresh in newborn.values())
+                key = (
+                    (member,)
+                    if self.scope == "tensor"
+                    else (index, p.device, p.dtype, id(state["step"]), position in idle, ranks[member])
+                )
+                if key not in buckets:
+                    counts = {name: state[name] for name in self.direction.counters}
+                    names = self.direction.dtypes(p, group)
+                    buckets[key] = Bucket(
+                        index,
+                        self._cell(index, member),
+                        group,
+                        counts,
+                        ranks[member],
+                        position in idle,
+                        new,
+                        {n: [] for n in names},
+                    )
+                bucket = buckets[key]
+                bucket.params.append(real(p))
+                bucket.grads.append(real(gradient(p)))
+                bucket.fans.append(p.numel() // p.shape[0] if p.ndim > 1 and p.numel() else 1)
+                for name, tensors in bucket.state.items():
+                    tensors.append(real(state[name]))
+            group["elra_idle"] = " ".join(absent)
+        return list(buckets.values())
 
-    def _straight(self, trends: list[Tensor]) -> list[Tensor]:
-        """Whether each group is yet to overshoot, went straight for long again, or knows of no gradient (an older pickle)."""
-        groups = zip(self.param_groups, trends, strict=True)
-        return [torch.logical_or(trend > STRAIGHT, group["ceiling"] == 0) for group, trend in groups]
-
-    def _clips(self, squares: list[Tensor], straight: list[Tensor]) -> list[Tensor]:
-        """What G_t is multiplied by in each group, from ‖G_t‖² and whether the run goes straight; see `CEILING`."""
-        clips = []
-        for group, square, free in zip(self.param_groups, squares, straight, strict=True):
-            limit = (CEILING**2 * group["ceiling"] / square).sqrt().clamp(max=1.0)
-            clips.append(torch.where(free | (square == 0), 1.0, limit))
-        return clips
-
-    def _sum_of(self, cells: Tensor, index: int) -> Tensor:
-        """Of one number a cell, the sum over those of a group."""
-        return self._by_group(cells)[index].sum() if self.scope == "tensor" else cells[self._cell(index, 0)]
+    def _give_birth(self, p: Tensor, group: dict[str, Any], newborn: dict[torch.device, dict[str, Tensor]]) -> None:
+        """Create the state of a parameter; those of one step share their counters."""
+        state = self.state[p]
+        fresh = {name: torch.zeros((), dtype=torch.float32, device=p.device) for name in self.direction.counters}
+        state.update(newborn.setdefault(p.device, fresh))
+        if self.scope == "tensor":
+            values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
+            values[1:3] = 0.0, 0.0  # sizes are its own
+            state["elra"] = torch.tensor(values, dtype=group["elra_alpha"].dtype, device=group["elra_alpha"].device)
+        for name, dtype in self.direction.dtypes(p, group).items():
+            state[name] = torch.zeros_like(p, dtype=dtype)
 
     def _cell(self, group: int, member: int) -> int:
         """Where the rate of a parameter stands in the vector of rates, under the scope."""
@@ -450,157 +273,152 @@ class Elra(Optimizer):
                 "process_group=elra_hf.adapters.deepspeed.sharding_group(model, config), which checks sub_group_size"
             )
 
-    def _gather(self, splits: list[Groups]) -> list[Bucket]:
-        """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
-        buckets: dict[tuple[Any, ...], Bucket] = {}
-        newborn: dict[torch.device, Tensor] = {}
-        member = -1
-        for index, group in enumerate(self.param_groups):
-            # a string, since distributed checkpoints take lists apart and expect the same length when they load
-            idle = {int(position) for position in group["idle"].split()}
-            absent = []
-            for position, p in enumerate(group["params"]):
-                member += 1
-                if p.grad is None:
-                    if local(p).numel():  # FSDP1 gives no gradient to the ranks that hold nothing of a parameter
-                        absent.append(str(position))
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}): "
-                        "build the embedding with sparse=False"
-                    )
-                state = self.state[p]
-                if not state:
-                    state["step"] = newborn.setdefault(p.device, torch.zeros((), device=p.device))
-                    if self.scope == "tensor":
-                        state["alpha"] = group["alpha"].clone()
-                    state.update(self.direction.state(p, group))
-                if state["step"].device != p.device:
-                    state["step"] = state["step"].to(p.device)
-                key = (
-                    (member,)
-                    if self.scope == "tensor"
-                    else (index, p.device, p.dtype, id(state["step"]), position in idle, splits[member])
-                )
-                if key not in buckets:
-                    lists: dict[str, list[Tensor]] = {name: [] for name in state if name not in ("step", "alpha")}
-                    buckets[key] = Bucket(index, group, [], position in idle, group["calls"] < 2, state["step"], [], [], lists)
-                bucket = buckets[key]
-                bucket.members.append(member)
-                bucket.params.append(real(p))
-                bucket.grads.append(real(gradient(p)))
-                for name, tensors in bucket.state.items():
-                    tensors.append(real(state[name]))
-            group["idle"] = " ".join(absent)
-        return list(buckets.values())
+    def _enter(self, params: list[Tensor], buckets: list[Bucket]) -> list[tuple[Tensor, Tensor]]:
+        """Bring the groups' numbers to the device of the step; return full and present share of each group there."""
+        device = buckets[0].params[0].device if buckets else local(params[0]).device
+        dtype = torch.float64 if any(map(is_wide, params)) else torch.float32
+        shares = self._shares()
+        for group in self.param_groups:
+            for name in ("alpha", *self._scalars):
+                group[f"elra_{name}"] = group[f"elra_{name}"].to(device, dtype)
+        zero = torch.zeros((), device=device, dtype=dtype)
+        return [(zero + full, zero + now) for full, now in shares]
 
-    def _measure(
-        self, buckets: list[Bucket], splits: list[Groups], needs: tuple[str, ...], device: torch.device, dtype: torch.dtype
-    ) -> dict[Groups, Tensor]:
-        """This rank's inner products of each cell or tensor, by the groups that hold the rest of them, a row each.
-
-        In the metric of the step taken last, where a group that moved w times as far counts w times; behind ``needs`` comes
-        ``gg`` once more, without these weights. A relative rule adds `log_sizes`, any other `square_sizes` and ``gg`` in the
-        same metric, as it is at the schedule's full rate, ``check_sync`` ‖x_t‖².
-        """
-        cells = len(splits) if self._by_tensor else 1 if self.scope == "global" else len(self.param_groups)
-        # every rank enters every collective, also with nothing to add
-        columns = len(needs) + 3 + self.check_sync
-        parts = {groups: torch.zeros(cells, columns, device=device, dtype=dtype) for groups in splits}
-        for bucket in buckets:
-            rows = torch.cat([self._products(chunk.opened(), needs, dtype) for chunk in bucket.chunks()]).to(device)
-            weighted = rows[:, : len(needs)] * (0.0 if bucket.idle else bucket.group["multiplier"])
-            if bucket.new and not self.rule.relative:
-                group = bucket.group
-                full = group.get("max_lr", group.get("initial_lr", group["lr"]))
-                full = torch.zeros_like(group["alpha"]) + full / group["alpha0"]
-                rows[:, len(needs)] *= torch.where(full > 0, 1.0 / full, 0.0)
-                rows[:, len(needs) + 1] *= full
-            rows = torch.cat([weighted, rows[:, len(needs) - 1 :]], 1)
-            into = parts[splits[bucket.members[0]]]
-            if self._by_tensor:
-                torch._foreach_add_([into[member] for member in bucket.members], list(rows.unbind()))
-            else:
-                into[self._cell(bucket.index, bucket.members[0])] += rows.sum(0)
-        return parts
-
-    def _products(self, work: Bucket, needs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-        """The inner products of each tensor, and what `_measure` adds."""
-        columns = [self.direction.measure(work, needs, dtype)]
-        if not work.new:
-            columns.append(columns[0].new_zeros(len(work.params), 2))
-        elif self.rule.relative:
-            columns.append(log_sizes(work.params, work.grads, dtype))
-        else:
-            columns.append(torch.stack([square_sizes(work.params, work.grads, dtype), columns[0][:, -1]], 1))
-        if self.check_sync:
-            columns.append(dots(work.params, work.params, dtype)[:, None])
-        return torch.cat(columns, 1)
+    # ---- measure ----------------------------------------------------------------------------------------------------------
 
     @property
-    def _by_tensor(self) -> bool:
-        """Whether products are kept apart by tensor, if only in the first steps. The slices of FSDP1 and ZeRO are none."""
-        first = self.rule.clock == "overshoots" and any(group["calls"] < 2 for group in self.param_groups if group["params"])
-        return self.scope == "tensor" or ((self.rule.votes or first) and self.process_group is None)
+    def _needs(self) -> tuple[str, ...]:
+        return (*sorted(self.rule.needs - {"gg"}), "gg")
 
-    def _survey(self, total: Tensor, needs: tuple[str, ...]) -> dict[str, Tensor]:
-        """What a relative rule gets: products and ``size`` of each cell's voters, and what is known of the run."""
-        self._note_scale(total[:, len(needs) + 1 : len(needs) + 3])
-        size = torch.ones_like(total[:, 0])
-        if self._by_tensor:
-            # as arguments of a kernel: a tensor made from a list would wait for the device
-            torch._foreach_mul_(list(size.unbind()), [p.numel() for group in self.param_groups for p in group["params"]])
-        dots = {name: self._voters(total[:, i]) for i, name in enumerate(needs)} | {"size": self._voters(size)}
-        return dots | {"scale": self._of_cells([group["scale"] for group in self.param_groups])}
+    def _measure(
+        self, buckets: list[Bucket], ranks: list[Ranks], shares: list[tuple[Tensor, Tensor]], before: dict[str, Tensor]
+    ) -> dict[Ranks, Tensor]:
+        """This rank's inner products of each cell, by the groups of ranks that hold the rest of them, shape (cells, columns).
 
-    def _by_group(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each group's parameters, of something with a row a tensor."""
-        return list(torch.split(rows, [len(group["params"]) for group in self.param_groups]))  # type: ignore[no-untyped-call]
-
-    def _shared(self, rows: Tensor) -> list[Tensor]:
-        """The rows of all that each group shares its rate with, of something with a row a tensor, or else a cell."""
-        if self.scope == "global":
-            return [rows] * len(self.param_groups)
-        return self._by_group(rows) if self._by_tensor else list(rows[:, None].unbind())
-
-    def _cells(self, rows: Tensor) -> Tensor:
-        """The sums over the tensors of each cell, of something with a row a tensor, or else a cell."""
-        if self.scope == "tensor" or not self._by_tensor:
-            return rows
-        return torch.stack([part.sum(0) for part in (self._by_group(rows) if self.scope == "group" else [rows])])
-
-    def _voters(self, column: Tensor) -> Tensor:
-        """A number a tensor, or a cell, as a matrix with a row a cell, filled up with zeros."""
-        if self.scope == "tensor" or not self._by_tensor:
-            return column[:, None]
-        return column[None] if self.scope == "global" else pad_sequence(self._by_group(column), batch_first=True)
-
-    def _weights(self) -> list[Tensor]:
-        """How much the last step of each group says about the schedule's full rate, in [0, 1]; 0 before there was a step.
-
-        In a warm-up the share of the full lr that was reached. In a decay less for a rule that settles with the steps: nothing
-        below half of the highest lr so far, since smaller steps make cosines rise, and answering would undo the decay. A rule
-        that settles with the overshoots answers by then too little for that, unless its rate is still to be found.
-        Under scope "global" that of the group that has most.
+        The columns are `_needs` in a metric in which a group that moves w times as far counts w times, ``gg`` once more without
+        that, the sizes of newborn tensors (see `SIZES`), and with ``check_sync`` ‖x_t‖².
         """
-        weights = []
-        for group in self.param_groups:
-            multiplier, peak = group["multiplier"], group["peak"]
-            full = group.get("max_lr", group.get("initial_lr"))  # where torch's schedulers keep it
-            full = multiplier if full is None else full / group["alpha0"]
-            weight = (peak / full).clamp(max=1.0)
-            if self.rule.clock == "steps":
-                weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
-            weights.append(weight.nan_to_num(0.0))
-        return [torch.stack(weights).max()] * len(weights) if self.scope == "global" else weights
+        needs, alpha = self._needs, before["alpha"]
+        columns = len(needs) + 1 + SIZES + self.check_sync
+        # every rank enters every collective, also with nothing to add
+        parts = {of: alpha.new_zeros(len(alpha), columns) for of in ranks}
+        for bucket in buckets:
+            *values, last = read(bucket, *bucket.counts.values(), self._last(bucket, alpha))
+            counts = dict(zip(bucket.counts, values, strict=True))
+            found = [torch.stack(self.direction.measure(piece, counts, last, needs)) for piece in bucket.pieces()]
+            rows = torch.stack(found).to(alpha).sum(0)
+            row = [rows * self._metric(bucket, shares[bucket.index][0]), rows[-1:], bucket.sizes().to(alpha)]
+            if self.check_sync:
+                row.append(
+                    torch.stack([dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]).sum()[None].to(alpha)
+                )
+            parts[bucket.ranks][bucket.cell] += torch.cat(row)
+        return parts
 
-    def _note_scale(self, sizes: Tensor) -> None:
-        """Set ``group["scale"]``, the geometric mean of |x| at the start, from the sums of `log_sizes` of each row."""
-        for group, rows in zip(self.param_groups, self._shared(sizes), strict=True):
-            if group["calls"] < 2:
-                logs, count = rows.sum(0)
-                group["scale"] = torch.where((count > 0) & (group["scale"] == 0), (logs / count).exp(), group["scale"])
+    def _last(self, bucket: Bucket, alpha: Tensor) -> Tensor:
+        """η of the last step, 0 where that did not move these tensors."""
+        return alpha[bucket.cell] * (0.0 if bucket.idle else bucket.group["elra_multiplier"])
+
+    def _metric(self, bucket: Bucket, full: Tensor) -> Tensor:
+        """What the products of a group weigh: gradients by how far the group moves, ways by its inverse."""
+        if "pp" in self.rule.needs:  # products along the last step, by how far that went
+            return full.new_ones(len(self._needs)) * (0.0 if bucket.idle else bucket.group["elra_multiplier"])
+        inverse = torch.where(full > 0, 1.0 / full, 0.0)
+        by_name = {"gg": full, "gs": torch.ones_like(full), "ss": inverse}
+        return torch.stack([by_name[need] for need in self._needs])
+
+    # ---- decide -----------------------------------------------------------------------------------------------------------
+
+    def _decide(
+        self, total: Tensor, before: dict[str, Tensor], shares: list[tuple[Tensor, Tensor]], loss: float | Tensor | None
+    ) -> Verdict:
+        """Let the rule adapt the rates; restart, or bound them."""
+        needs, alpha, groups = self._needs, before["alpha"], self.param_groups
+        square = total[:, len(needs)].sum()
+        memory = {name: before[name] for name in self._cell_names}
+        logs, count, fans, entries, size = total[:, len(needs) + 1 : len(needs) + 1 + SIZES].unbind(1)
+        typical = torch.where(count > 0, logs / count, fans / entries).exp()
+        memory["scale"] = torch.where((memory["scale"] == 0) & (entries > 0), typical, memory["scale"])
+        memory["size"] = torch.where((memory["size"] == 0) & (entries > 0), size, memory["size"])
+        weights, reached = self._weights(shares)
+        dots = dict(zip(needs, total.unbind(1), strict=False))
+        dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
+        dots |= {"reached": self._of_cells(reached), "steps": self._of_cells([group["elra_steps"] for group in groups])}
+        decision: Decision = self.rule(alpha, dots, memory)
+
+        some, finite = square != 0, torch.isfinite(square)
+        present = next((group for group in groups if not self._absent(group)), groups[0])
+        longest = present["elra_longest"]
+        moving = torch.stack([group["elra_multiplier"] for group in groups]).amax() > 0
+        exploded = exploded_norm(square, longest) & moving & self.direction.explodes
+        # so that a step along the new gradient is no longer than one along the longest was
+        shrink = torch.where(exploded, (longest / square).sqrt().clamp(max=self.restart_factor), self.restart_factor)
+        back = exploded
+        if loss is not None:
+            value = torch.zeros_like(square) + (loss.detach().reshape(()).to(square) if isinstance(loss, Tensor) else loss)
+            refused, *seen = exploded_loss(value, present["elra_loss"], present["elra_spread"], present["elra_losses"])
+            back = back | (refused & moving)
+            for group in groups:
+                group["elra_loss"], group["elra_spread"], group["elra_losses"] = seen
+        bad = ~finite | back
+        taken = some & ~bad
+        adapted = torch.where(bad, alpha * shrink, decision.alpha)
+        adapted = torch.where(some & torch.isfinite(adapted), adapted, alpha)
+        bounded = torch.where(some, adapted.clamp(*self.bounds), alpha)
+        memory |= {name: torch.where(taken, value, memory[name]) for name, value in decision.memory.items()}
+        return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
+
+    def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """How much the last step of each group says about the schedule's full rate, and the highest share so far; in [0, 1].
+
+        The former is the share that was reached in a warm-up, for α must not undo it, and less in a decay: nothing below half of
+        the highest share so far, since smaller steps make cosines rise, and answering would undo the decay. Both are 0 before
+        there was a step. Under scope "global" those of the group that has most.
+        """
+        weights, reached = [], []
+        for group, (full, _) in zip(self.param_groups, shares, strict=True):
+            multiplier, peak = group["elra_multiplier"], group["elra_peak"]
+            reached.append((peak / full).clamp(max=1.0).nan_to_num(0.0))
+            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
+            weights.append(weight.nan_to_num(0.0))
+        if self.scope != "global":
+            return weights, reached
+        return [torch.stack(weights).amax()] * len(weights), [torch.stack(reached).amax()] * len(reached)
+
+    # ---- update -----------------------------------------------------------------------------------------------------------
+
+    def _update(self, buckets: list[Bucket], verdict: Verdict, shares: list[tuple[Tensor, Tensor]]) -> None:
+        """Take the step, or undo what led to an explosion."""
+        counted: dict[int, tuple[Bucket, Move, dict[str, Any]]] = {}
+        for bucket in buckets:
+            rate = torch.where(verdict.taken, verdict.alpha[bucket.cell] * shares[bucket.index][1], 0.0)
+            lost = -torch.expm1(-(rate * bucket.group["weight_decay"]).clamp(max=MOST_DECAY))
+            last = self._last(bucket, verdict.last)
+            *values, rate, lost, taken, back, kept, last = read(
+                bucket, *bucket.counts.values(), rate, lost, verdict.taken, verdict.back, ~verdict.bad, last
+            )
+            counts = dict(zip(bucket.counts, values, strict=True))
+            move = Move(rate, lost if bucket.group["weight_decay"] else None, taken, back, kept, last)
+            if not isinstance(taken, float) or taken or not kept:
+                for piece in bucket.pieces():
+                    self.direction.update(piece, counts, move)
+                    piece.close()
+            counted[id(bucket.counts["step"])] = bucket, move, counts
+        for bucket, move, counts in counted.values():
+            for name, value in self.direction.count(bucket.group, counts, move).items():
+                bucket.counts[name].copy_(value) if isinstance(value, Tensor) else bucket.counts[name].fill_(value)
+
+    # ---- memory -----------------------------------------------------------------------------------------------------------
+
+    def _recall(self, params: list[Tensor]) -> dict[str, Tensor]:
+        """α and what else the cells keep, by name, each of shape (cells,)."""
+        names = ["alpha", *self._cell_names]
+        of_groups = {name: self._of_cells([group[f"elra_{name}"] for group in self.param_groups]) for name in names}
+        if self.scope != "tensor":
+            return of_groups
+        common = torch.stack(list(of_groups.values()), 1)
+        rows = [self.state[p]["elra"].to(row) if self.state.get(p) else row for p, row in zip(params, common, strict=True)]
+        return dict(zip(names, torch.stack(rows).unbind(1), strict=True))
 
     def _of_cells(self, values: list[Tensor]) -> Tensor:
         """Values of the groups as values of the cells, shape (cells,)."""
@@ -610,46 +428,52 @@ class Elra(Optimizer):
             return torch.stack(values)
         return torch.cat([value.expand(len(group["params"])) for value, group in zip(values, self.param_groups, strict=True)])
 
-    def _alphas(self, params: list[Tensor]) -> Tensor:
-        """The rates as they are, shape (cells,)."""
-        of_cells = self._of_cells([group["alpha"] for group in self.param_groups])
-        if self.scope != "tensor":
-            return of_cells
-        own = [self.state.get(p, {}).get("alpha", alpha) for p, alpha in zip(params, of_cells, strict=True)]
-        return torch.stack([alpha.to(of_cells) for alpha in own])
-
-    def _publish(self, params: list[Tensor], alphas: Tensor, cos: Tensor, taken: Tensor) -> None:
-        """Write the rates and cosines back to where users and checkpoints find them."""
-        start = 0
-        for index, group in enumerate(self.param_groups):
+    def _publish(self, params: list[Tensor], verdict: Verdict, shares: list[tuple[Tensor, Tensor]]) -> None:
+        """Write rates and memory to where users, checkpoints and the next step find them."""
+        cells = {"alpha": verdict.alpha, **verdict.memory}
+        start, (taken, bad) = 0, (verdict.taken, verdict.bad)
+        for index, (group, (_, now)) in enumerate(zip(self.param_groups, shares, strict=True)):
             if self._absent(group):
                 continue
             if self.scope == "tensor":
                 stop = start + len(group["params"])
-                for p, alpha in zip(params[start:stop], alphas[start:stop].unbind(), strict=True):
-                    if p in self.state:
-                        self.state[p]["alpha"] = alpha.clone()
-                group["alpha"], seen = alphas[start:stop].log().mean().exp(), cos[start:stop].mean()
+                rows = torch.stack([value[start:stop] for value in cells.values()], 1)
+                for p, row in zip(params[start:stop], rows.unbind(), strict=True):
+                    if self.state.get(p):
+                        self.state[p]["elra"] = row.clone()
+                seen = verdict.cos[start:stop].mean()
+                own = {name: value[start:stop].mean() for name, value in cells.items()}
+                own["alpha"] = verdict.alpha[start:stop].log().mean().exp()
                 start = stop
             else:
                 cell = self._cell(index, 0)
-                group["alpha"], seen = alphas[cell], cos[cell]
-            group["cos"] = torch.where(taken, seen, group["cos"])
+                own, seen = {name: value[cell] for name, value in cells.items()}, verdict.cos[cell]
+            peak = torch.maximum(group["elra_peak"], now)
+            longest = torch.maximum(NORM_MEMORY * group["elra_longest"], verdict.square)
+            own |= {
+                "cos": torch.where(taken, seen, group["elra_cos"]),
+                "restarts": group["elra_restarts"] + bad,
+                "clamps": group["elra_clamps"] + verdict.clamped,
+                "steps": group["elra_steps"] + taken,
+                "longest": torch.where(taken, longest, group["elra_longest"]),
+                "peak": torch.where(taken, peak, group["elra_peak"]),
+                "multiplier": torch.where(bad, 0.0, torch.where(taken, now, group["elra_multiplier"])),
+            }
+            group |= {f"elra_{name}": value for name, value in own.items()}
+            group["elra_calls"] = 1
+            self._show(group)
 
-    def _exploded(self, loss: float | Tensor) -> Tensor:
-        """Whether the loss is beyond what a step may do, as a 0-dim bool; keeps the first and the best."""
-        group = self.param_groups[0]
-        value = torch.zeros_like(group["alpha"]) + (loss.detach().to(group["alpha"]) if isinstance(loss, Tensor) else loss)
-        finite = torch.isfinite(value)
-        first = torch.where(torch.isfinite(group["first_loss"]) | ~finite, group["first_loss"], value)
-        best = torch.where(finite, torch.minimum(group["best_loss"], value), group["best_loss"])
-        for each in self.param_groups:
-            each["first_loss"], each["best_loss"] = first, best
-        return ~finite | ((best > 0) & (value > LOSS_EXPLOSION * best) & (value > first))
+
+def read(bucket: Bucket, *values: Tensor) -> list[Any]:
+    """0-dim tensors as floats on the CPU, where that waits for nothing, else on the device and in the dtype of the bucket."""
+    device, dtype = bucket.params[0].device, bucket.dtype
+    if device.type == "cpu" and not torch.compiler.is_compiling() and values[-1].device.type == "cpu":
+        return [float(value) for value in values]
+    return [value.to(device, dtype) for value in values]
 
 
 def rate(optimizer: Any) -> float:
-    """Return the rate that the last step applied to the first parameter group, η = α·lr/α_0; before it, ``lr``.
+    """Return the rate that the last step applied to the first parameter group, η; 0 where it did not move; before it, ``lr``.
 
     Works through the wrappers of Accelerate, Lightning, Fabric and DeepSpeed. Waits for the device: for logs, not for loops.
 
@@ -657,8 +481,9 @@ def rate(optimizer: Any) -> float:
         TypeError: there is no ELRA optimizer inside.
     """
     group = unwrap(optimizer).param_groups[0]
-    multiplier = float(group["multiplier"])
-    return float(group["alpha"]) * multiplier if multiplier else float(group["lr"])
+    if not group["elra_calls"]:
+        return float(group["lr"])
+    return float(group["elra_alpha"]) * float(group["elra_multiplier"])
 
 
 def unwrap(optimizer: Any) -> Elra:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .directions import Adam, Momentum
+from .directions import Adam, Direction, Momentum, SuccessiveGradients
 from .optimizer import Elra, Scope
 from .rules import C2Min, P2Min, Tracking
 
-# First and highest rate of ElraAdamW over the typical size of a weight. The best fixed rates of AdamW were measured at 0.007
+# First rate of ElraAdamW over the typical size of a weight, a start only. The best fixed rates of AdamW were measured at 0.007
 # (a pretrained transformer, all layers) to 0.4 (nets of width 64 from scratch) of it, less the wider the net.
-ADAM_SPAN = (0.005, 0.5)
+ADAM_FIRST = 0.005
+
+
+def momentum(betas: tuple[float, float], horizon: float) -> Direction:
+    """What a rule of c2min or p2min is measured along: the paper's needs the last gradient."""
+    return SuccessiveGradients(betas) if math.isinf(horizon) else Momentum(betas)
 
 
 class ElraC2Min(Elra):
@@ -25,14 +32,14 @@ class ElraC2Min(Elra):
         lr: the first rate α_0 > 0. The rate leaves it within a few dozen steps; there is no need to tune it.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
-        horizon: overshoots after which half of the gain is gone, > 0. math.inf: the paper's rule; such a rate is long on its
-            way up, oscillates and drifts where gradients are noisy.
+        horizon: steps after which half of the gain is gone, > 0. math.inf: the paper's rule, with the cosine of successive
+            gradients; such a rate is long on its way up, oscillates and drifts where gradients are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
+        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -47,19 +54,19 @@ class ElraC2Min(Elra):
         *,
         betas: tuple[float, float] = (0.8, 0.7),
         gain: float | tuple[float, float] = 0.5,
-        horizon: float = 2.0,
+        horizon: float = 5.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        foreach: bool | None = None,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
-            Momentum(betas),
+            momentum(betas, horizon),
             C2Min(gain, horizon),
             lr=lr,
             weight_decay=weight_decay,
@@ -67,7 +74,7 @@ class ElraC2Min(Elra):
             bounds=bounds,
             restart_factor=restart_factor,
             maximize=maximize,
-            foreach=foreach,
+            stochastic_rounding=stochastic_rounding,
             process_group=process_group,
             check_sync=check_sync,
         )
@@ -83,14 +90,14 @@ class ElraP2Min(Elra):
         lr: the first rate α_0 > 0. The rate leaves it within a few steps; there is no need to tune it.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         growth_limit: largest factor on the rate in one step, > 1.
-        horizon: overshoots after which the factor is but its square root, > 0. math.inf: the paper's rule; such a rate dies
-            where gradients are noisy.
+        horizon: steps after which half of the gain is gone, > 0. math.inf: the paper's rule; such a rate dies where gradients
+            are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
+        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -105,19 +112,19 @@ class ElraP2Min(Elra):
         *,
         betas: tuple[float, float] = (0.8, 0.7),
         growth_limit: float = 2.0,
-        horizon: float = 1.0,
+        horizon: float = 5.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        foreach: bool | None = None,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
-            Momentum(betas),
+            momentum(betas, horizon),
             P2Min(growth_limit, horizon),
             lr=lr,
             weight_decay=weight_decay,
@@ -125,7 +132,7 @@ class ElraP2Min(Elra):
             bounds=bounds,
             restart_factor=restart_factor,
             maximize=maximize,
-            foreach=foreach,
+            stochastic_rounding=stochastic_rounding,
             process_group=process_group,
             check_sync=check_sync,
         )
@@ -134,7 +141,7 @@ class ElraP2Min(Elra):
 class ElraAdamW(Elra):
     """AdamW that finds its learning rate: Adam's direction, and the ELRA idea in Adam's metric.
 
-    Source: ours, after arXiv 2309.06274. Memory: 8 bytes a float32 parameter, as AdamW.
+    Source: ours, after arXiv 2309.06274. Memory: 12 bytes a float32 parameter, 4 more than AdamW.
 
     Args:
         params: parameters or parameter groups.
@@ -147,7 +154,7 @@ class ElraAdamW(Elra):
         bounds: (lowest, highest) rate.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        foreach: multi-tensor calls (default), or one tensor at a time with less temporary memory.
+        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -167,21 +174,21 @@ class ElraAdamW(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        foreach: bool | None = None,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
             Adam(betas, eps),
-            Tracking(span=ADAM_SPAN),
+            Tracking(first=ADAM_FIRST),
             lr=lr,
             weight_decay=weight_decay,
             scope=scope,
             bounds=bounds,
             restart_factor=restart_factor,
             maximize=maximize,
-            foreach=foreach,
+            stochastic_rounding=stochastic_rounding,
             process_group=process_group,
             check_sync=check_sync,
         )

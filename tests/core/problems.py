@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from elra_hf import Adam, C2Min, Elra, ElraAdamW, ElraC2Min, ElraP2Min, Momentum, P2Min, Tracking
+from elra_hf import Adam, C2Min, Elra, ElraAdamW, ElraC2Min, ElraP2Min, Momentum, P2Min, SuccessiveGradients, Tracking
 
 VARIANTS = {"c2min": ElraC2Min, "p2min": ElraP2Min, "adamw": ElraAdamW}
 
@@ -19,6 +21,8 @@ PIECES = [
     (Momentum(), C2Min()),
     (Momentum(), P2Min()),
     (Momentum((0.0, 0.0)), P2Min()),
+    (SuccessiveGradients(), C2Min(horizon=math.inf)),
+    (SuccessiveGradients((0.0, 0.0)), P2Min(horizon=math.inf)),
     (Momentum(), Tracking()),
     (Adam(), Tracking()),
 ]

@@ -1,0 +1,267 @@
+"""What a parameter group and a parameter carry from step to step: filling, loading, saving, pickling. No mathematics."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .directions import Direction
+from .rules import Rule
+
+# Of every optimizer, beside what its rule declares: 0-dim tensors in each group, with the values that a run starts from. They
+# live under names that begin with "elra_", since wrappers and users put keys of their own into groups.
+SCALARS = {
+    "cos": 0.0,
+    "restarts": 0.0,
+    "clamps": 0.0,
+    "steps": 0.0,
+    "longest": 0.0,
+    "multiplier": 0.0,
+    "peak": 0.0,
+    "loss": 0.0,
+    "spread": 0.0,
+    "losses": 0.0,
+}
+# What users and other people's displays read, under plain names, where a group has no key of its own of that name.
+PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
+# What is no tensor: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
+# positions that sat out the last step, calls of step() up to 1.
+PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
+
+
+def is_wide(param: Tensor) -> bool:
+    """Whether ``param`` calls for a rate in float64."""
+    return param.dtype in (torch.float64, torch.complex128)
+
+
+def number(lr: Any) -> Any:
+    """A learning rate as a float, or as a 0-dim tensor where it is a tensor of one number."""
+    return lr.detach().reshape(()) if isinstance(lr, Tensor) else float(lr)
+
+
+class Groups(Optimizer):
+    """The upkeep of `Elra`, which adds the step."""
+
+    direction: Direction
+    rule: Rule
+    scope: str
+
+    @property
+    def _cell_names(self) -> dict[str, float]:
+        """What is kept for each rate beside α, with start values: the sizes of the weights, and the memory of the rule."""
+        return {"scale": 0.0, "size": 0.0, **self.rule.memory}
+
+    @property
+    def _scalars(self) -> dict[str, float]:
+        """Names and start values of all 0-dim tensors of a group but α."""
+        return {**SCALARS, **self._cell_names}
+
+    @property
+    def _kind(self) -> str:
+        """What tells whether a checkpoint is one of this optimizer."""
+        return f"{type(self.direction).__name__}/{type(self.rule).__name__}"
+
+    # ---- groups -----------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, also in mid-training: it then starts at the rate reached so far."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._fill_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay"):
+            value = float(group[name])
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name}={group[name]!r} is invalid: give a finite number >= 0")
+        unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names", "name"}
+        for name in sorted(unknown & {"gain", "growth_limit", "horizon", "scope", "bounds", "restart_factor"}):
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group is not supported: the rate rule is one for all groups; "
+                f"pass {name} to the optimizer"
+            )
+        self.direction.check(group)
+
+    def _fill_group(self, group: dict[str, Any]) -> None:
+        """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
+        first = self.param_groups[0]
+        dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
+        for name, value in {**PLAIN, "elra_kind": self._kind}.items():
+            group.setdefault(name, value)
+        for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
+            key = f"elra_{name}"
+            value = group.get(key)
+            if value is None and name != "multiplier":  # the last move of a late group has no length
+                value = first.get(key)
+            # "cpu", whatever the default device is: the step brings it to the parameters'
+            value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")
+            if not isinstance(group.get(key), Tensor):
+                group[key] = value
+        self._show(group)
+
+    def _show(self, group: dict[str, Any]) -> None:
+        """Publish what users read, unless the group brought a key of that name."""
+        for name in PUBLIC:
+            if name not in group or isinstance(group[name], Tensor):
+                group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
+
+    @staticmethod
+    def _effective(group: dict[str, Any]) -> Tensor:
+        """η of the last step."""
+        result: Tensor = group["elra_alpha"] * group["elra_multiplier"]
+        return result
+
+    # ---- schedule ---------------------------------------------------------------------------------------------------------
+
+    def _shares(self) -> list[tuple[Any, Any]]:
+        """(full, now) of each group: what η is over α at the schedule's full rate, and in this step. Floats, or 0-dim tensors.
+
+        full is the group's lr over that of the optimizer, or over the lowest of the groups where no group has that. The
+        schedule can only hold a rate down: what it writes counts as a share of the highest lr so far, ``initial_lr`` and
+        ``max_lr`` of torch's schedulers included.
+        """
+        own = float(self.defaults["lr"])
+        for group in self.param_groups:
+            lr = number(group["lr"])
+            if group["elra_full"] is None:
+                full = number(group.get("max_lr", group.get("initial_lr", lr)))
+                if isinstance(full, Tensor) or full > 0.0:
+                    group["elra_full"] = group["elra_top"] = full.clone() if isinstance(full, Tensor) else full
+        fulls = [float(f) for group in self.param_groups if isinstance(f := group["elra_full"], float)]
+        base = next((b for group in self.param_groups if (b := group["elra_base"]) is not None), None)
+        if base is None and fulls:
+            base = own if any(math.isclose(full, own, rel_tol=1e-6) for full in fulls) else min(fulls)
+            if base != own:  # as if it had been the optimizer's
+                for group in self.param_groups:
+                    group["elra_alpha"].fill_(base)
+        shares: list[tuple[Any, Any]] = []
+        for group in self.param_groups:
+            group["elra_base"] = base
+            lr, full, top = number(group["lr"]), group["elra_full"], group["elra_top"]
+            if full is None:
+                shares.append((0.0, 0.0))
+                continue
+            ratio = full / (own if base is None else base)
+            if isinstance(lr, Tensor) or isinstance(top, Tensor):
+                top = group["elra_top"] = torch.maximum(torch.as_tensor(top).to(lr), torch.as_tensor(lr))
+                shares.append((ratio, ratio * torch.where(top > 0, lr / top, 0.0)))
+                continue
+            if lr > top * (1.0 + 1e-6):
+                if top == full:
+                    warnings.warn(
+                        f"a schedule raised lr of a parameter group from {top:g} to {lr:g}. ELRA finds the rate itself, and a "
+                        "schedule can only hold it down: what is highest so far counts as the full rate. Give the scheduler "
+                        f"rates relative to the group's, such as max_lr={full:g} or eta_min={0.01 * full:g}",
+                        stacklevel=3,
+                    )
+                top = group["elra_top"] = lr
+            shares.append((ratio, ratio * lr / top))
+        return shares
+
+    # ---- saving and loading -----------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but ``process_group``, which does not pickle: pass it again where it is needed."""
+        own = ("direction", "rule", "scope", "bounds", "restart_factor", "check_sync")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("check_sync", False)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
+                    group.setdefault(name, value)
+            self._fill_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch does, with numbers for the tensors of a group, and a counter for each parameter.
+
+        Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            own = {name for name in group if name.startswith("elra_") or name in PUBLIC}
+            group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
+        for key, state in state_dict["state"].items():
+            state_dict["state"][key] = {
+                name: value.clone() if name in self.direction.counters else value for name, value in state.items()
+            }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, with each state tensor in the dtype that its parameter calls for.
+
+        Raises:
+            ValueError: ``state_dict`` is that of another optimizer.
+        """
+        seen: dict[str, Any] = {}
+
+        def look(_: Optimizer, given: dict[str, Any]) -> None:
+            seen.update(given)  # after all other hooks, which may hand over another dictionary
+            self._refuse_foreign(given)
+
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        state_dict = seen
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [(index, group, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        shared: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        for i, (index, group, p) in zip(saved, params, strict=True):
+            loaded = state_dict["state"].get(i, {})
+            if not loaded:
+                continue
+            dtypes = self.direction.dtypes(p, group)
+            for name, dtype in dtypes.items():
+                if name in loaded and loaded[name].dtype != self.state[p][name].dtype:  # torch has rounded it
+                    self.state[p][name] = loaded[name].to(device=p.device, dtype=dtype, copy=True)
+                elif name in self.state[p]:
+                    self.state[p][name] = self.state[p][name].to(dtype)
+            if "elra" in loaded:
+                self.state[p]["elra"] = loaded["elra"].detach().clone()
+            # a group's parameters of one age share their counters; ZeRO steps the groups apart
+            counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
+            fresh = {name: torch.tensor(n, dtype=torch.float32, device=p.device) for name, n in counts.items()}
+            self.state[p].update(shared.setdefault((index, p.device, *counts.values()), fresh))
+
+    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for the state of another optimizer, or of another of ours."""
+        groups = state_dict["param_groups"]
+        kinds = {group.get("elra_kind") for group in groups}
+        if kinds <= {self._kind}:
+            return
+        had = next((kind for kind in kinds if kind), None)
+        what = f"an ELRA optimizer of direction/rule {had}" if had else "another optimizer, or of ELRA before version 0.2"
+        raise ValueError(
+            f"load_state_dict: state_dict is the state of {what}, and this is {type(self).__name__} ({self._kind}). "
+            "Continue with the optimizer that the run was started with, or start this one afresh from the weights alone "
+            "(under the Trainer: delete optimizer.pt in the checkpoint)"
+        )
+
+    def __repr__(self) -> str:
+        head = f"{type(self).__name__} (direction={self.direction!r}, rule={self.rule!r}, scope={self.scope!r})"
+        return head + super().__repr__().removeprefix(type(self).__name__)
+
+    def _raise_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
+        state = self.state[p]
+        for name, dtype in self.direction.dtypes(p, group).items():
+            if state[name].dtype != dtype or state[name].device != p.device:
+                state[name] = state[name].to(p.device, dtype)
+        for name in self.direction.counters:
+            if state[name].device != p.device:
+                state[name] = state[name].to(p.device)

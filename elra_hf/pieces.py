@@ -1,0 +1,164 @@
+"""Cut parameters, gradients and state into flat pieces that fit the cache, and pack small tensors into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (entries of a piece, entries of a tensor that is packed with others). On the CPU a piece and its temporaries stay in the
+# cache; elsewhere a launch costs more than a copy.
+CPU_SIZES = (2**16, 2**12)
+DEVICE_SIZES = (2**27, 2**20)
+
+SIZES = 5  # see `Bucket.sizes`
+
+Scalar = float | Tensor  # a float on the CPU, a 0-dim tensor where reading it would wait for the device
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of one group, dtype, device, age and sharding. All lists are parallel; tensors are real and local.
+
+    Attributes:
+        index: position of the parameter group.
+        cell: which rate is theirs.
+        group: the parameter group, for hyperparameters (``betas``, ``eps``).
+        counts: numbers that all tensors of one age share, by name: ``step``, the gradients taken in so far, and what else the
+            direction counts; 0-dim float32 on the bucket's device.
+        ranks: the groups of ranks that hold the rest of them.
+        idle: the tensors had no gradient in the last step, so it did not move them.
+        new: this is their first step.
+        state: the direction's tensors by name.
+        params: x_t.
+        grads: G_t as autograd left it.
+        fans: fan-in of each, 1 for vectors.
+    """
+
+    index: int
+    cell: int
+    group: dict[str, Any]
+    counts: dict[str, Tensor]
+    ranks: tuple[Any, ...]
+    idle: bool
+    new: bool
+    state: dict[str, list[Tensor]]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    fans: list[int] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic runs in float32 at least: an update in bfloat16 would be rounded three times."""
+        return torch.promote_types(self.params[0].dtype, torch.float32)
+
+    def sizes(self) -> Tensor:
+        """How large the weights are, shape (`SIZES`,), in the first step; else 0.
+
+        Σ log|x| and the number of its terms, entries that are not 0; Σ log(1/√fan-in) and the number of all entries; Σ x².
+        """
+        result = torch.zeros(SIZES, dtype=self.dtype, device=self.params[0].device)
+        if not self.new:
+            return result
+        for p, fan in zip(self.params, self.fans, strict=True):
+            used, n = p != 0, p.numel()
+            logs = torch.where(used, p.abs().to(self.dtype), 1.0).log().sum()
+            known = torch.stack([logs, used.sum().to(self.dtype), p.to(self.dtype).square().sum()])
+            result[[0, 1, 4]] += known
+            result[2:4] += result.new_tensor([-0.5 * n * math.log(fan), n]) if n else 0.0
+        return result
+
+    def pieces(self) -> Iterator[Piece]:
+        """The tensors as flat pieces in the working dtype, small ones packed, large ones cut."""
+        on_cpu = self.params[0].device.type == "cpu"
+        size, small = CPU_SIZES if on_cpu else DEVICE_SIZES
+        packed: list[int] = []
+        held = 0
+        for i, p in enumerate(self.params):
+            if p.numel() > small and self._direct(i):
+                yield from self._cut(i, size)
+                continue
+            if packed and held + p.numel() > size:
+                yield self._pack(packed)
+                packed, held = [], 0
+            packed.append(i)
+            held += p.numel()
+        if packed:
+            yield self._pack(packed)
+
+    def _direct(self, i: int) -> bool:
+        """Whether tensor ``i`` can be worked on where it lies."""
+        own = (self.params[i], *(tensors[i] for tensors in self.state.values()))
+        return all(t.dtype == self.dtype and t.is_contiguous() for t in own)
+
+    def _cut(self, i: int, size: int) -> Iterator[Piece]:
+        p, g = self.params[i].view(-1), self.grads[i].reshape(-1).to(self.dtype)
+        state = {name: tensors[i].view(-1) for name, tensors in self.state.items()}
+        for start in range(0, p.numel(), size):
+            part = slice(start, start + size)
+            yield self._opened(p[part], g[part], {name: t[part] for name, t in state.items()}, [])
+
+    def _pack(self, rows: list[int]) -> Piece:
+        def flat(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([tensors[i].reshape(-1) for i in rows]).to(self.dtype)
+
+        return self._opened(
+            flat(self.params), flat(self.grads), {name: flat(tensors) for name, tensors in self.state.items()}, rows
+        )
+
+    def _opened(self, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: list[int]) -> Piece:
+        return Piece(self, p, -g if self.group["maximize"] else g, state, rows)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Flat tensors of one length in the working dtype: x, descending G and the direction's state."""
+
+    bucket: Bucket
+    p: Tensor
+    g: Tensor
+    state: dict[str, Tensor]
+    rows: list[int]
+
+    def close(self) -> None:
+        """Write back what had to be copied. Weights in bfloat16 are rounded up or down by chance, right in the mean."""
+        if not self.rows:
+            return
+        worked = {"": self.p, **self.state}
+        for name, tensor in worked.items():
+            own = [(self.bucket.state[name] if name else self.bucket.params)[i] for i in self.rows]
+            if own[0].dtype == torch.bfloat16 and not name and self.bucket.group["stochastic_rounding"]:
+                tensor = rounded(tensor)
+            parts = tensor.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
+            torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(parts, own, strict=True)])
+
+
+def rounded(x: Tensor) -> Tensor:
+    """float32 to bfloat16, up with the probability that makes the mean right; what is not finite stays as it is."""
+    bits = x.view(torch.int32)
+    noise = torch.randint_like(bits, 1 << 16)
+    up = ((bits + noise) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(x) & torch.isfinite(up), up, x).to(torch.bfloat16)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of flat or equally shaped tensors, 0-dim; in pieces where there are more numbers than torch.dot takes on CUDA."""
+    if a.is_contiguous() and b.is_contiguous():
+        a, b = a.view(-1), b.view(-1)
+        limit = 2**30
+        if a.numel() <= limit:
+            return torch.dot(a, b)
+        return torch.stack([torch.dot(x, y) for x, y in zip(a.split(limit), b.split(limit), strict=True)]).sum().to(a.dtype)  # type: ignore[no-untyped-call]
+    return (a * b).sum()
+
+
+def add_scaled(y: Tensor, x: Tensor, a: Scalar) -> None:
+    """Y += a·x, in one pass."""
+    if isinstance(a, float):
+        y.add_(x, alpha=a)
+    else:
+        y.addcmul_(x, a)

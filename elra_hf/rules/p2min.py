@@ -1,0 +1,59 @@
+"""p2min: the rate follows from a parabola, without a bound downwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Decision, Dots, Memory, check_positive, cosine, settling
+
+
+@dataclass(frozen=True)
+class P2Min:
+    """The minimum of the parabola through both slopes along the last step. Source: arXiv 2309.06274, p2min.
+
+    q = ⟨G_t, d_{t-1}⟩ / ⟨G_{t-1}, d_{t-1}⟩;  α_t = α_{t-1} / (1 - q) where 1 - q > 1/γ, else α_{t-1}·γ.
+    Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
+
+    That is ``horizon=math.inf``. By default (ours) the two slopes are those along the way from the average of the iterates to
+    x_t: that of G_t against its largest, ‖G_t‖, so that q is the cosine c_t of the two, sharpened by what is left of the gain:
+    α_t = α_{t-1} / (1 - c) with c = REACH·w_t·c_t·horizon/(horizon + clock), at most γ.
+
+    Args:
+        growth_limit: γ > 1, the largest factor in one step. There is no limit downwards.
+        horizon: steps after which half of the gain is gone, > 0; math.inf: the paper's rule.
+    """
+
+    growth_limit: float = 2.0
+    horizon: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.growth_limit) and self.growth_limit > 1.0):
+            raise ValueError(f"growth_limit={self.growth_limit!r} is invalid: give a finite number above 1, e.g. 2.0")
+        check_positive(horizon=self.horizon)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gg", "gp", "pp", "gd", "pd"} if math.isinf(self.horizon) else {"gg", "gs", "ss"})
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        return {"clock": 0.0}
+
+    def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
+        clock = memory["clock"]
+        weight = dots["reached" if math.isinf(self.horizon) else "weight"]
+        if math.isinf(self.horizon):
+            cos = cosine(dots["gp"], dots["gg"], dots["pp"])
+            end, start = dots["gd"], dots["pd"]
+        else:
+            cos = cosine(dots["gs"], dots["gg"], dots["ss"])
+            end, start = 2.0 * settling(clock, self.horizon) * cos, torch.ones_like(cos)
+        curvature = start - end  # ∝ 1 - q, without the division
+        factor = torch.where(curvature > start / self.growth_limit, start / curvature, self.growth_limit)
+        factor = torch.where(start > 0, factor, 1.0)
+        return Decision(alpha * factor.pow(weight), cos, {"clock": clock + weight})
