@@ -145,9 +145,8 @@ def describe(
     prompt = options.prompt or tokenizer.decode(blocks[split][0]["input_ids"][:start], skip_special_tokens=True)
     shown = ""
     if not is_deepspeed_zero3_enabled():  # one rank alone cannot load a model then
-        shown = (
-            f"\n\nIt continues\n\n{fenced(prompt)}\n\nwith\n\n{fenced(sample(folder, prompt, tokenizer, finished.args.seed))}"
-        )
+        written = sample(folder, prompt, tokenizer, finished.args.seed)
+        shown = f"\n\nIt continues\n\n{fenced(prompt)}\n\nwith\n\n{fenced(written)}"
     path = options.model_name_or_path
     name = Path(path).name if path else f"GPT-2, {options.layers} layers of width {options.width}"
     if text_options.train_file:
