@@ -47,13 +47,14 @@ def options() -> Options:
     return Options(**vars(parser.parse_args()))
 
 
-def data(batch_size: int) -> tuple[DataLoader, DataLoader]:
+def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
     """Batches of rows of character ids, shape (batch_size, LENGTH), to train and to test on; the last 5 % are the test's."""
     text = "".join(python_modules().values()).encode("ascii", "ignore")[:1_000_000]
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     count = len(rows) // 20
-    train = DataLoader(TensorDataset(rows[:-count]), batch_size, shuffle=True, drop_last=True)
+    order = torch.Generator().manual_seed(seed)  # the same for any number of processes
+    train = DataLoader(TensorDataset(rows[:-count]), batch_size, shuffle=True, drop_last=True, generator=order)
     return train, DataLoader(TensorDataset(rows[-count:]), batch_size)
 
 

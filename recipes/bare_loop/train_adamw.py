@@ -16,7 +16,7 @@ def main() -> None:
     options = job.options()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(options.seed)
-    loader, test = job.data(options.batch_size)
+    loader, test = job.data(options.batch_size, options.seed)
     model = job.build_model(options.layers, options.width)
     optimizer = AdamW(model.parameters(), lr=1e-3)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, options.steps * accelerator.num_processes)

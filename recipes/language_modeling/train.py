@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     defaults = [CONFIG, LORA] if parse(TYPES, [CONFIG], argv)[0].use_peft else [CONFIG]
     each, (options, text_options) = parse_runs(TYPES, defaults, argv)
     check_base(options, each[0])
+    if options.use_peft and not (text_options.train_file or text_options.dataset_name):
+        text_options.dataset_name = "shakespeare"  # another text than the base's
     datasets.disable_progress_bars()
     with each[0].main_process_first(desc="data"):
         texts = load_texts(text_options)
