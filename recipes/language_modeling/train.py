@@ -112,7 +112,9 @@ def train(
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """A batch of rows of the same length; every token is to be predicted, the end of a text too."""
     ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids}
+    labels = ids.clone()
+    labels[:, 0] = -100  # nothing stands before it; the Trainer's mean is over the labels that are left
+    return {"input_ids": ids, "labels": labels}
 
 
 def sample(folder: str, prompt: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
@@ -145,6 +147,7 @@ def describe(
     folder, optim, split = finished.args.output_dir, finished.args.optim.value, PARTS[finished.part]
     start = min(PROMPT, text_options.block_size // 2)
     prompt = options.prompt or tokenizer.decode(blocks[split][0]["input_ids"][:start], skip_special_tokens=True)
+    room = max(1, min(40, text_options.block_size - len(tokenizer(prompt).input_ids)))
     shown = ""
     if not is_deepspeed_zero3_enabled():  # one rank alone cannot load a model then
         written = sample(folder, prompt, tokenizer, finished.args.seed)
@@ -179,7 +182,7 @@ def describe(
         usage=f"""from transformers import pipeline
 
 write = pipeline("text-generation", model={str(folder)!r})
-print(write({prompt!r}, max_new_tokens=40)[0]["generated_text"])""",
+print(write({prompt!r}, max_new_tokens={room})[0]["generated_text"])""",
     )
 
 
