@@ -9,10 +9,14 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test bench test-transformers4 test-deepspeed check clean
+.PHONY: demo demo-lm test bench test-transformers4 test-deepspeed check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
+
+# a small language model from scratch, about 5 minutes
+demo-lm: $(VENV)/.installed
+	$(BIN)/python -m recipes.language_modeling.train $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
@@ -28,7 +32,7 @@ test-transformers4: .venv-tf4/.installed
 
 # in an environment of its own: DeepSpeed is built from source, and everything else must work without it
 test-deepspeed: .venv-ds/.installed
-	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py $(ARGS)
+	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

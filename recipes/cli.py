@@ -40,12 +40,12 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; choose from {', '.join(choices)}" if len(choices) <= 12 else "; see --help"
 
 
-def parse(types: Sequence[type], defaults: Path, argv: Sequence[str]) -> tuple[Any, ...]:
+def parse(types: Sequence[type], defaults: Sequence[Path], argv: Sequence[str]) -> tuple[Any, ...]:
     """Parse ``[CONFIG.yaml] [--option value …]``; what stands later wins.
 
     Args:
         types: the dataclasses to fill.
-        defaults: the recipe's own YAML file, the lowest layer.
+        defaults: the recipe's own YAML files, the lowest layers.
         argv: the command line without the program's name.
 
     Returns:
@@ -55,7 +55,8 @@ def parse(types: Sequence[type], defaults: Path, argv: Sequence[str]) -> tuple[A
         InputError: an unknown option, a wrong value, or a file that cannot be read.
     """
     parser = Parser(types, allow_abbrev=False)
-    parser.set_defaults(**read_yaml(defaults))
+    for path in defaults:
+        parser.set_defaults(**read_yaml(path))
     if TrainingArguments in types and not torch.accelerator.is_available():
         # or several processes without a GPU would each train for themselves, under torchrun and accelerate launch
         parser.set_defaults(use_cpu=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,26 +16,40 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from recipes.cli import InputError, nearest
 
 TEST, VALIDATION = 0.2, 0.1  # shares that are cut off where the data come without them
+Reader = tuple[str, dict[str, Any]]  # a builder of the datasets library, and its options
 SPLITS = ("train", "validation", "test")
-READERS = {".csv": ("csv", {}), ".tsv": ("csv", {"delimiter": "\t"}), ".json": ("json", {}), ".jsonl": ("json", {})}
+CSV_OR_JSON: dict[str, Reader] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
     """Where the texts come from."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "data set on the hub, or 'questions', which a package carries (default)"}
+        default=None, metadata={"help": "data set on the hub, or one that needs no hub; the README names those and the default"}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of the data set on the hub"})
-    train_file: str | None = field(default=None, metadata={"help": "CSV, TSV, JSON or JSON-lines file instead of a data set"})
-    validation_file: str | None = field(default=None, metadata={"help": "10 %% of the training data where not given"})
-    test_file: str | None = field(default=None, metadata={"help": "20 %% of the training data, without --validation_file"})
+    train_file: str | None = field(default=None, metadata={"help": "file instead of a data set; the README names the formats"})
+    validation_file: str | None = field(default=None, metadata={"help": "cut off the training data where not given"})
+    test_file: str | None = field(
+        default=None, metadata={"help": "cut off the training data where not given, without --validation_file"}
+    )
     text_column_name: str | None = field(
         default=None, metadata={"help": "default: 'text', 'sentence' or the only other column of strings"}
     )
-    label_column_name: str = field(default="label", metadata={"help": "column of the labels: strings or whole numbers"})
     split_seed: int = field(default=0, metadata={"help": "seed of the cut; apart from --seed, so that runs share the test set"})
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Where the texts and their labels come from."""
+
+    label_column_name: str = field(default="label", metadata={"help": "column of the labels: strings or whole numbers"})
 
 
 def load_classification(args: DataArguments) -> DatasetDict:
@@ -47,11 +62,14 @@ def load_classification(args: DataArguments) -> DatasetDict:
     Raises:
         InputError: a file, column or label is missing, or a split is empty.
     """
-    raw = _read(args)
-    text, label = _columns(raw["train"], args)
+    raw = read(args, PACKAGED, CSV_OR_JSON)
+    label = args.label_column_name
+    if label not in raw["train"].column_names:
+        raise InputError(f"--label_column_name {label}: no such column{nearest(label, raw['train'].column_names)}")
+    text = text_column(raw["train"], args.text_column_name, label)
     for name, rows in raw.items():
         for column in (text, label):
-            _check(rows, column, f"{name} data ({_source(args, name)})")
+            check_column(rows, column, f"{name} data ({getattr(args, f'{name}_file') or args.dataset_name or 'questions'})")
     raw = DatasetDict(
         {k: d.select_columns([text, label]).rename_columns(_renamed(text=text, label=label)) for k, d in raw.items()}
     )
@@ -111,10 +129,23 @@ def split(rows: Dataset, seed: int, *, test: float = TEST, validation: float = V
     return DatasetDict({name: rows.select(sorted(index)) for name, index in parts.items() if name != "test" or test})
 
 
-def _read(args: DataArguments) -> DatasetDict:
+def read(
+    args: SourceArguments, packaged: Mapping[str, Callable[[], DatasetDict]], readers: Mapping[str, Reader]
+) -> DatasetDict:
+    """Read the splits that the source has, at least "train".
+
+    Args:
+        args: the source; without data set and file, the first of ``packaged``.
+        packaged: the data sets that need no hub, by name.
+        readers: for each ending of a file the name of the builder of `datasets`, and its options.
+
+    Raises:
+        InputError: a file or split is missing, or cannot be read.
+    """
     files = {name: getattr(args, f"{name}_file") for name in SPLITS if getattr(args, f"{name}_file")}
     if not files:
-        return _named(args.dataset_name or "questions", args.dataset_config_name)
+        name = args.dataset_name or next(iter(packaged))
+        return packaged[name]() if name in packaged else _from_hub(name, args.dataset_config_name)
     if args.dataset_name:
         raise InputError(f"--dataset_name {args.dataset_name} and --train_file exclude each other: give one of them")
     if "train" not in files:
@@ -122,22 +153,20 @@ def _read(args: DataArguments) -> DatasetDict:
     for name, file in files.items():
         if not Path(file).is_file():
             raise InputError(f"--{name}_file {file}: no such file")
-        if Path(file).suffix not in READERS:
-            raise InputError(f"--{name}_file {file}: its name must end in {', '.join(READERS)}")
+        if Path(file).suffix not in readers:
+            raise InputError(f"--{name}_file {file}: its name must end in {', '.join(readers)}")
         if Path(file).suffix != Path(files["train"]).suffix:
             raise InputError(f"--{name}_file {file} and --train_file {files['train']} must be of the same format")
         if not Path(file).read_bytes()[:4096].strip():
             raise InputError(f"--{name}_file {file} is empty")
-    reader, options = READERS[Path(files["train"]).suffix]
+    reader, options = readers[Path(files["train"]).suffix]
     found = {}
     for name, file in files.items():  # one by one: the columns of one file must not decide how another is read
         found[name] = _load(f"--{name}_file {file}", reader, data_files=file, split="train", **options)
     return DatasetDict(found)
 
 
-def _named(name: str, config: str | None) -> DatasetDict:
-    if name in PACKAGED:
-        return PACKAGED[name]()
+def _from_hub(name: str, config: str | None) -> DatasetDict:
     found = _load(f"--dataset_name {name}", name, config)
     if "train" not in found:
         raise InputError(f"--dataset_name {name} has no split 'train', only {', '.join(found)}")
@@ -154,21 +183,19 @@ def _load(what: str, *args, **kwargs):
         raise InputError(f"{what} cannot be loaded: {type(reason).__name__}: {reason}") from error
 
 
-def _columns(rows: Dataset, args: DataArguments) -> tuple[str, str]:
-    """The names of the text and the label column."""
-    label = args.label_column_name
-    if label not in rows.column_names:
-        raise InputError(f"--label_column_name {label}: no such column{nearest(label, rows.column_names)}")
-    if args.text_column_name:
-        return args.text_column_name, label
+def text_column(rows: Dataset, given: str | None, label: str | None = None) -> str:
+    """The column of the texts: the one ``given``, one called "text" or "sentence", or the only one of strings."""
+    if given:
+        return given
     strings = [n for n, feature in rows.features.items() if n != label and getattr(feature, "dtype", "").endswith("string")]
     usual = [name for name in ("text", "sentence") if name in strings] or strings
     if not usual or (usual is strings and len(usual) > 1):
         raise InputError(f"--text_column_name is needed: which of the columns {', '.join(rows.column_names)} is the text?")
-    return usual[0], label
+    return usual[0]
 
 
-def _check(rows: Dataset, column: str, where: str) -> None:
+def check_column(rows: Dataset, column: str, where: str) -> None:
+    """Refuse rows that lack the column, or a value in it; ``where`` names them in the error."""
     if column not in rows.column_names:
         raise InputError(f"{where}: no column {column}{nearest(column, rows.column_names)}")
     if not len(rows):
@@ -176,10 +203,6 @@ def _check(rows: Dataset, column: str, where: str) -> None:
     missing = rows.data.column(column).null_count
     if missing:
         raise InputError(f"{where}: {missing} of {len(rows)} rows have nothing in column {column}; remove or fill them")
-
-
-def _source(args: DataArguments, name: str) -> str:
-    return getattr(args, f"{name}_file") or args.dataset_name or "questions"
 
 
 def _renamed(**columns: str) -> dict[str, str]:

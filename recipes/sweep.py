@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, str]
@@ -19,6 +25,50 @@ def complete(path: Path, runs: Iterable[Row], measure: Callable[[Row], Row]) -> 
         if not any(run.items() <= row.items() for row in read(path)):
             append(path, {**run, **measure(run)})
     return read(path)
+
+
+def trainer_sweep(
+    about: str | None,
+    recipe: str,
+    results: Path,
+    elra: Sequence[str],
+    rates: Sequence[str],
+    metrics: Sequence[str],
+    options: Sequence[str] = (),
+) -> None:
+    """The command line of a sweep: run what is missing, each in a process of its own, then print the table.
+
+    Args:
+        about: what ``--help`` says.
+        recipe: module that trains with the Trainer and writes ``all_results.json``.
+        results: the CSV file.
+        elra: optimizers that run without a learning rate.
+        rates: AdamW's learning rates.
+        metrics: what is kept of ``all_results.json``.
+        options: the same in every run.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--optim", nargs="+", default=[*elra, "adamw_torch"])
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--results", type=Path, default=results)
+    args = parser.parse_args()
+
+    def measure(run: Row) -> Row:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", recipe, *options, "--optim", run["optim"], "--seed", run["seed"]]
+            command += ["--learning_rate", run["learning_rate"]] if run["learning_rate"] else []
+            subprocess.run([*command, "--output_dir", folder], check=True)
+            measured = json.loads((Path(folder) / "all_results.json").read_text())
+        return {name: f"{measured[name]:.4f}" for name in metrics}
+
+    pairs = [*((optim, "") for optim in elra), *(("adamw_torch", rate) for rate in rates)]
+    runs = [
+        {"optim": optim, "learning_rate": rate, "seed": seed}
+        for seed in args.seeds
+        for optim, rate in pairs
+        if optim in args.optim
+    ]
+    Console().print(table(complete(args.results, runs, measure), ["optim", "learning_rate"], metrics))
 
 
 def read(path: Path) -> list[Row]:

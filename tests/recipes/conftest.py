@@ -51,8 +51,10 @@ def rows_csv(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_csv(tmp_path_factory.mktemp("data") / "rows.csv", sentences(60))
 
 
-def run_recipe(*options: str, launcher: tuple[str, ...] = (sys.executable, "-m")) -> subprocess.CompletedProcess[str]:
+def run_recipe(
+    *options: str, launcher: tuple[str, ...] = (sys.executable, "-m"), recipe: str = "text_classification"
+) -> subprocess.CompletedProcess[str]:
     """Run the script as a user does."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launcher, "recipes.text_classification.train", *options]
+    command = [*launcher, f"recipes.{recipe}.train", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)

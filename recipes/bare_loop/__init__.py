@@ -1,0 +1,1 @@
+"""A training loop of plain Accelerate, with AdamW and with ElraAdamW: two lines apart."""
