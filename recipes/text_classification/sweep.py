@@ -12,8 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
+from recipes.cli import show
 from recipes.sweep import Row, complete, table
 
 RESULTS = Path("model_cards/text_classification/results.csv")
@@ -36,7 +35,7 @@ def main() -> None:
         for optim, rate in RUNS
         if optim in args.optim
     ]
-    Console().print(table(complete(args.results, runs, measure), ["optim", "learning_rate"], METRICS))
+    show(table(complete(args.results, runs, measure), ["optim", "learning_rate"], METRICS))
 
 
 def measure(run: Row) -> Row:

@@ -14,7 +14,6 @@ import datasets
 import transformers
 from datasets import DatasetDict
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
@@ -32,7 +31,7 @@ from transformers import (
 import elra_hf  # noqa: F401  makes --optim know elra_c2min, elra_p2min and elra_adamw
 from elra_hf.cards import write_card
 from elra_hf.plots import plot_rates, series
-from recipes.cli import InputError, parse, run
+from recipes.cli import InputError, parse, run, show
 from recipes.data import DataArguments, load_classification, minilm
 
 PARTS = {"eval": "validation", "test": "test"}  # the Trainer's prefixes of metrics, and the split that each is measured on
@@ -94,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     if args.process_index == 0:
         if others:
             plot_rates({each.args.optim.value: each.log for each in runs}, Path(args.output_dir) / "compare.png")
-        Console().print(results(runs))
+        show(results(runs))
         for each in runs:
             print(f"{each.args.optim.value}: card {each.args.output_dir}/README.md, picture {each.args.output_dir}/rate.png")
 
