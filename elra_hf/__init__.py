@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from .adapters.configure import configure_elra
     from .directions import Adam, Momentum, SuccessiveGradients
     from .optimizer import Elra, rate
     from .rules import C2Min, P2Min, Tracking
@@ -26,6 +27,7 @@ _HOME = {
     "C2Min": "rules",
     "P2Min": "rules",
     "Tracking": "rules",
+    "configure_elra": "adapters.configure",
 }
 __all__ = [
     "Adam",
@@ -38,6 +40,7 @@ __all__ = [
     "P2Min",
     "SuccessiveGradients",
     "Tracking",
+    "configure_elra",
     "rate",
 ]
 
@@ -47,6 +50,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'elra_hf' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, also those not imported yet."""
+    return sorted({*globals(), *__all__})
 
 
 # Frameworks learn our names when they are imported, or now if they have been; nothing is imported for it.

@@ -88,8 +88,14 @@ def write_card(
 
     Returns:
         The path of the card.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    try:
+        from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    except ModuleNotFoundError as error:
+        raise ImportError("write_card needs huggingface_hub: pip install 'elra_hf[recipes]'") from error
 
     results = [
         EvalResult(

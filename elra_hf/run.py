@@ -1,6 +1,7 @@
 """``python -m elra_hf.run SCRIPT ARGS…`` or ``-m MODULE ARGS…``: a script that never heard of us learns ``--optim elra_*``.
 
-Also under launchers: ``torchrun … -m elra_hf.run SCRIPT …`` and ``accelerate launch … -m elra_hf.run SCRIPT …``.
+Also under launchers: ``torchrun … -m elra_hf.run SCRIPT …``, ``accelerate launch … -m elra_hf.run SCRIPT …`` and
+``deepspeed --module elra_hf.run SCRIPT …``. Processes that the script starts with multiprocessing know the names, too.
 """
 
 from __future__ import annotations
@@ -10,27 +11,71 @@ import runpy
 import sys
 
 import elra_hf  # noqa: F401  registers the optimizers
+from elra_hf.adapters.replace import NAMES, built, replace
+from elra_hf.adapters.spawn import reach_children
 
-USAGE = "usage: python -m elra_hf.run SCRIPT [ARGS…]\n       python -m elra_hf.run -m MODULE [ARGS…]"
+USAGE = f"""\
+usage: python -m elra_hf.run [OPTIONS] SCRIPT [ARGS...]
+       python -m elra_hf.run [OPTIONS] -m MODULE [ARGS...]
+
+Runs a training script that knows nothing of elra_hf, so that its --optim takes {", ".join(NAMES)}.
+Options of ours stand before SCRIPT or -m; everything after is the script's.
+
+  --replace AdamW=NAME  put one of them in the place of torch.optim.AdamW, for scripts that build their own AdamW
+  -h, --help            show this and exit
+
+Under a launcher: torchrun ... -m elra_hf.run SCRIPT ..., accelerate launch ... -m elra_hf.run SCRIPT ...,
+deepspeed ... --module elra_hf.run SCRIPT ...
+A command that starts Python anew (trl sft ...) does not hand the names on: run the module that it starts,
+e.g. python -m elra_hf.run -m trl.scripts.sft ...
+"""
 
 
 def main() -> None:
     """Run the script or module named on the command line as ``__main__``, with the arguments after it."""
     args = sys.argv[1:]
+    launchers: list[str] = []
+    replaced = ""
+    while args and args[0].startswith("-") and args[0] != "-m":
+        option, _, value = args.pop(0).partition("=")
+        if option in ("-h", "--help"):
+            print(USAGE, end="")
+            sys.exit(0)
+        if option not in ("--local_rank", "--local-rank", "--replace"):
+            _stop(f"unknown option {option} before SCRIPT; the script's own options stand after it. See --help")
+        if not value:
+            value = args.pop(0) if args else _stop(f"{option} has no value: give {option}=VALUE")
+        if option == "--replace":
+            replaced = value
+        else:  # deepspeed and torch.distributed.launch put it before the script, for the script
+            launchers.append(f"{option}={value}")
     as_module = args[:1] == ["-m"]
     args = args[1:] if as_module else args
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if args else sys.stderr)
-        sys.exit(0 if args else 2)
-    sys.argv = args
+    if not args:
+        print(USAGE, end="", file=sys.stderr)
+        sys.exit(2)
+    if not as_module and not os.path.exists(args[0]):
+        _stop(f"no script {args[0]!r}. For a module: python -m elra_hf.run -m {args[0]}", 1)
+    if replaced:
+        try:
+            replace(replaced)
+        except ValueError as error:
+            _stop(str(error))
+    reach_children(replaced)
+    sys.argv = [args[0], *launchers, *args[1:]]
     if as_module:
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
-        return
-    if not os.path.exists(args[0]):
-        sys.exit(f"elra_hf.run: no script {args[0]!r}. For a module: python -m elra_hf.run -m {args[0]}")
-    # as `python SCRIPT` does, which puts the script's folder where -m put the current one
-    sys.path[0] = os.path.dirname(os.path.abspath(args[0]))
-    runpy.run_path(args[0], run_name="__main__")
+    else:
+        # as `python SCRIPT` does, which puts the script's folder where -m put the current one
+        sys.path[0] = os.path.dirname(os.path.abspath(args[0]))
+        runpy.run_path(args[0], run_name="__main__")
+    if replaced and not built():
+        print(f"elra_hf.run: --replace {replaced}: this process built no torch.optim.AdamW", file=sys.stderr)
+
+
+def _stop(message: str, status: int = 2) -> str:
+    print(f"elra_hf.run: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -93,6 +96,28 @@ def as_options(options: Mapping[str, Any]) -> list[str]:
         if value is not None:
             argv += [f"--{name}", *map(str, values)]
     return argv
+
+
+def show(table: Table) -> None:
+    """Print ``table`` whole: side by side where the terminal is wide enough, else one row below the other, a line a column.
+
+    What is not a terminal, as a file or a pipe, is as wide as the table.
+    """
+    console = Console()
+    width = Console(width=10_000).measure(table).maximum
+    if width <= console.width or not console.is_terminal:
+        (console if console.is_terminal else Console(width=width)).print(table)
+        return
+    if table.title:
+        console.print(table.title)
+    names = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        below = Table(box=box.SIMPLE, show_header=False)
+        below.add_column(no_wrap=True)
+        below.add_column(overflow="fold")
+        for name, value in zip(names, row, strict=True):
+            below.add_row(name, value)
+        console.print(below)
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:

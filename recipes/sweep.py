@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from recipes.cli import show
 
 Row = dict[str, str]
 
@@ -68,7 +69,7 @@ def trainer_sweep(
         for optim, rate in pairs
         if optim in args.optim
     ]
-    Console().print(table(complete(args.results, runs, measure), ["optim", "learning_rate"], metrics))
+    show(table(complete(args.results, runs, measure), ["optim", "learning_rate"], metrics))
 
 
 def read(path: Path) -> list[Row]:

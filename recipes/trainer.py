@@ -12,14 +12,13 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 import elra_hf  # noqa: F401  makes --optim know elra_c2min, elra_p2min and elra_adamw
 from elra_hf.plots import plot_rates, series
-from recipes.cli import InputError, parse
+from recipes.cli import InputError, parse, show
 from recipes.sweep import append
 
 PARTS = {"eval": "validation", "test": "test"}  # the Trainer's prefixes of metrics, and the split that each is measured on
@@ -171,6 +170,6 @@ def report(runs: Sequence[Run], metrics: Sequence[str]) -> None:
             for column in row:
                 table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=column == "optimizer")
         table.add_row(*row.values())
-    Console().print(table)
+    show(table)
     for each in runs:
         print(f"{each.args.optim.value}: card {each.args.output_dir}/README.md, picture {each.args.output_dir}/rate.png")

@@ -4,7 +4,7 @@ A rule is a pure function of tensors with one entry a cell of the scope, and kno
 are named by two letters: g the gradient G_t, s the way back to the average of the iterates, x̄_t - x_t; for the paper's rules
 also p the gradient G_{t-1} and d the direction moved along in step t-1. They are taken in the metric of the direction; see
 `directions`. Beside them a rule gets ``weight``, how much a step says about the schedule's full rate, in [0, 1]; ``steps``,
-those taken so far; and ``scale``, the typical size of a weight at the start.
+those taken so far; and of the weights at the start ``scale``, the typical size of one, and ``size``, the sum of their squares.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+# Length of the first step along a gradient, over that of the weights: of c2min and p2min by default, a start only.
+FIRST = 0.003
 
 Dots = Mapping[str, Tensor]
 Memory = Mapping[str, Tensor]
@@ -83,3 +86,9 @@ def check_positive(**named: float) -> None:
 def settling(clock: Tensor, horizon: float) -> Tensor | float:
     """Share of the gain that is left: horizon / (horizon + clock), 1 where the horizon is infinite."""
     return 1.0 if math.isinf(horizon) else horizon / (horizon + clock)
+
+
+def first_rate(alpha: Tensor, dots: Dots) -> Tensor:
+    """``alpha``, or in the first step the rate with which that is `FIRST` of the weights long; weights of 0 leave it."""
+    known = (dots["steps"] == 0) & (dots["gg"] > 0) & (dots["size"] > 0)
+    return torch.where(known, FIRST * (dots["size"] / dots["gg"]).sqrt(), alpha)

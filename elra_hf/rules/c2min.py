@@ -8,18 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Decision, Dots, Memory, check_gain, check_positive, cosine, settling, signed_gain
-
-REACH = 4.0  # the signal is so many times the cosine with the average, at most 1
+from .base import Decision, Dots, Memory, check_gain, check_positive, cosine, first_rate, settling, signed_gain
 
 
 @dataclass(frozen=True)
 class C2Min:
     """α_t = α_{t-1} (1 + gain·signal_t), at most ±gain a step. Source: arXiv 2309.06274, c2min; the default's signal is ours.
 
-    By default signal_t = REACH·w_t·c_t·horizon/(horizon + clock), in [-1, 1], where c_t is the cosine of G_t with the way back
-    to the average of the iterates and the clock counts the steps by their weights w_t.
-    With ``horizon=math.inf`` the paper's rule: signal_t = w_t·c_t, with the cosine of successive gradients.
+    By default signal_t = w_t·c_t·horizon/(horizon + clock), where c_t is the cosine of G_t with the way back to the average of
+    the iterates and the clock counts the steps by their weights w_t; and α_1 is such that the first step is `FIRST` of the
+    weights long, so that ``lr`` does not matter.
+    With ``horizon=math.inf`` the paper's rule: signal_t = w_t·c_t, with the cosine of successive gradients, and α_1 = lr.
 
     Args:
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
@@ -27,7 +26,7 @@ class C2Min:
     """
 
     gain: float | tuple[float, float] = 0.5
-    horizon: float = 5.0
+    horizon: float = 20.0
 
     def __post_init__(self) -> None:
         check_gain(self.gain, below=1.0)
@@ -49,5 +48,6 @@ class C2Min:
             signal = cos * weight
         else:
             cos = cosine(dots["gs"], dots["gg"], dots["ss"])
-            signal = (REACH * settling(clock, self.horizon) * weight * cos).clamp(-1.0, 1.0)
+            signal = settling(clock, self.horizon) * weight * cos
+            alpha = first_rate(alpha, dots)
         return Decision(alpha * (1.0 + signed_gain(self.gain, signal) * signal), cos, {"clock": clock + weight})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Decision, Dots, Memory, check_positive, cosine, settling
+from .base import Decision, Dots, Memory, check_positive, cosine, first_rate, settling
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,10 @@ class P2Min:
     q = ⟨G_t, d_{t-1}⟩ / ⟨G_{t-1}, d_{t-1}⟩;  α_t = α_{t-1} / (1 - q) where 1 - q > 1/γ, else α_{t-1}·γ.
     Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
 
-    That is ``horizon=math.inf``. By default (ours) the two slopes are those along the way from the average of the iterates to
-    x_t: that of G_t against its largest, ‖G_t‖, so that q is the cosine c_t of the two, sharpened by what is left of the gain:
-    α_t = α_{t-1} / (1 - c) with c = REACH·w_t·c_t·horizon/(horizon + clock), at most γ.
+    That is ``horizon=math.inf``. By default (ours) q is the slope of the loss along the way from the average of the iterates to
+    x_t in units of the steepest, ‖G_t‖, that is the cosine c_t of G_t with the way back, less what has settled:
+    α_t = α_{t-1} / (1 - c_t·horizon/(horizon + clock)), at most α_{t-1}·γ; and α_1 is such that the first step is `FIRST` of the
+    weights long, so that ``lr`` does not matter.
 
     Args:
         growth_limit: γ > 1, the largest factor in one step. There is no limit downwards.
@@ -29,7 +30,7 @@ class P2Min:
     """
 
     growth_limit: float = 2.0
-    horizon: float = 5.0
+    horizon: float = 20.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.growth_limit) and self.growth_limit > 1.0):
@@ -52,7 +53,8 @@ class P2Min:
             end, start = dots["gd"], dots["pd"]
         else:
             cos = cosine(dots["gs"], dots["gg"], dots["ss"])
-            end, start = 2.0 * settling(clock, self.horizon) * cos, torch.ones_like(cos)
+            end, start = settling(clock, self.horizon) * cos, torch.ones_like(cos)
+            alpha = first_rate(alpha, dots)
         curvature = start - end  # ∝ 1 - q, without the division
         factor = torch.where(curvature > start / self.growth_limit, start / curvature, self.growth_limit)
         factor = torch.where(start > 0, factor, 1.0)

@@ -12,8 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
+from recipes.cli import show
 from recipes.sweep import Row, complete, table
 
 RESULTS = Path("model_cards/image_classification/results.csv")
@@ -35,7 +34,7 @@ def main() -> None:
         for seed in args.seeds
         for optimizer in args.optimizer
     ]
-    Console().print(table(complete(args.results, runs, measure), ["optimizer", "processes"], METRICS))
+    show(table(complete(args.results, runs, measure), ["optimizer", "processes"], METRICS))
 
 
 def measure(run: Row) -> Row:

@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
@@ -32,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import elra_hf  # noqa: F401  makes --optimizer know ElraC2Min, ElraP2Min and ElraAdamW
 from elra_hf.cards import write_card
 from elra_hf.plots import Log, plot_rates, series
-from recipes.cli import InputError, nearest, run
+from recipes.cli import InputError, nearest, run, show
 from recipes.image_classification.data import Images
 from recipes.image_classification.model import ImageClassifier
 
@@ -108,7 +107,7 @@ class CLI(LightningCLI):
         plot_rates({name: log}, Path(folder) / "rate.png")
         plot_confusion(self.model.matrix, self.datamodule.classes, Path(folder) / "confusion.png")
         self.describe(Path(folder), name, optimizer, metrics)
-        Console().print(results(name, optimizer, metrics, log))
+        show(results(name, optimizer, metrics, log))
         print(f"card {folder}/README.md, pictures {folder}/rate.png and {folder}/confusion.png")
 
     def _callback(self, kind: type) -> Any:

@@ -1,6 +1,7 @@
 """`python -m elra_hf.run` and its launchers, on a script that never mentions us."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,113 @@ def test_what_it_says(args, status, text):
     assert done.returncode == status
     assert text in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+ARGV = "import sys\nprint(sys.argv, __name__)"
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]], ids=" ".join)
+def test_a_launchers_flag_goes_to_the_script(flag, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ARGV)
+    done = launch([sys.executable, *RUN, *flag, str(script)], "--optim", "x")
+    assert done.stdout == f"{[str(script), '='.join(flag), '--optim', 'x']} __main__\n", done.stderr
+
+
+def test_torch_distributed_launch_starts_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ARGV)
+    plain = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=1"]
+    done, alone = (launch([*plain, *ours, str(script)], "--optim", "x") for ours in (["-m", "elra_hf.run"], []))
+    assert done.stdout == alone.stdout  # the script sees what it sees without us
+    assert "--local-rank=0" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("options", [[], ["--replace", "AdamW=elra_p2min"]], ids=["names", "replace"])
+def test_processes_that_the_script_starts_know_what_it_knows(method, options, tmp_path):
+    arguments = [method, "--output_dir", str(tmp_path), "--optim", "elra_adamw", "--use_cpu", "True"]
+    done = launch([sys.executable, *RUN, *options, str(ROOT / "tests/run/spawning_script.py")], *arguments)
+    built = "ElraP2Min" if options else "AdamW"
+    assert done.stdout.splitlines() == [f"{depth} elra_adamw {built}" for depth in range(3)], done.stderr
+
+
+REPLACING = """
+import copy, pickle
+import torch
+from torch.optim import AdamW
+
+class Mine(AdamW):
+    pass
+
+net = torch.nn.Linear(4, 2)
+groups = [{"params": [net.weight], "weight_decay": 0.1, "amsgrad": True}, {"params": [net.bias], "lr": 0.02}]
+optimizer = AdamW(groups, 0.01, (0.8, 0.9), fused=True)
+assert isinstance(optimizer, AdamW) and isinstance(optimizer, torch.optim.AdamW) and isinstance(copy.deepcopy(optimizer), AdamW)
+assert not isinstance(torch.optim.SGD(net.parameters()), AdamW)
+assert issubclass(AdamW, torch.optim.Optimizer) and AdamW.__name__ == "AdamW"
+assert type(pickle.loads(pickle.dumps(optimizer))) is type(optimizer)
+assert [each.__name__ for each in Mine.__mro__][:3] == ['Mine', 'AdamW', 'Adam'] and type(Mine(net.parameters())) is Mine
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+before = net.weight.detach().clone()
+for _ in range(3):
+    optimizer.zero_grad()
+    net(torch.ones(8, 4)).square().mean().backward()
+    optimizer.step()
+    schedule.step()
+assert (net.weight != before).all()
+seen = [(g["lr"], g["initial_lr"], g["weight_decay"], g["betas"], g.get("amsgrad")) for g in optimizer.param_groups]
+print(type(optimizer).__name__, *seen)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "betas", "ignored"),
+    [
+        ("elra_adamw", "ElraAdamW", (0.8, 0.9), "amsgrad=True, fused=True"),
+        ("elra_c2min", "ElraC2Min", (0.8, 0.7), "amsgrad=True, betas=(0.8, 0.9), fused=True"),
+    ],
+)
+def test_ours_takes_the_place_of_a_scripts_own_adamw(name, cls, betas, ignored, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(REPLACING)
+    done = launch([sys.executable, *RUN, "--replace", f"AdamW={name}", str(script)])
+    first = (0.00125, 0.01, 0.1, betas, None)
+    assert done.stdout == f"{cls} {first} {(0.0025, 0.02, 0.01, betas, None)}\n", done.stderr
+    said = f"elra_hf.run: torch.optim.AdamW is replaced by {cls}; ignored, since it has no such option: {ignored}"
+    assert [line for line in done.stderr.splitlines() if "elra_hf" in line] == [said]
+
+
+def test_replacing_nothing_is_said(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import torch")
+    done = launch([sys.executable, *RUN, "--replace=AdamW=elra_adamw", str(script)])
+    assert "this process built no torch.optim.AdamW" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--optim", "elra_adamw", "train.py"],
+            "unknown option --optim before SCRIPT; the script's own options stand after it",
+        ),
+        (["--replace", "SGD=elra_adamw", "train.py"], None),
+        (["--replace", "AdamW=elra_adam", str(SCRIPT)], "give AdamW=NAME with NAME one of elra_c2min, elra_p2min, elra_adamw"),
+        (["--replace", "SGD=elra_adamw", str(SCRIPT)], "--replace SGD=elra_adamw: give AdamW=NAME"),
+        (["--replace"], "--replace has no value: give --replace=VALUE"),
+    ],
+)
+def test_a_wrong_option_is_one_line(args, message):
+    done = launch([sys.executable, *RUN], *args)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert (message or "no script 'train.py'") in done.stderr
+
+
+def test_help_names_the_optimizers_on_an_ascii_terminal():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, *RUN, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("elra_c2min", "elra_p2min", "elra_adamw", "--replace AdamW="))

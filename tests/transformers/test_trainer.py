@@ -1,5 +1,6 @@
 """Real Trainer runs with --optim elra_*."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, rate
 from elra_hf.optimizer import unwrap
 
-from .jobs import arguments, bert, logs, run
+from .jobs import Rows, arguments, bert, logs, run
 
 ROOT = Path(__file__).parents[2]
 NAMES = {"elra_c2min": ElraC2Min, "elra_p2min": ElraP2Min, "elra_adamw": ElraAdamW}
@@ -207,6 +208,26 @@ def test_optim_args_reach_the_constructor_in_its_types(tmp_path):
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.7)
     assert optimizer.param_groups[0]["foreach"] is False
     assert (optimizer.scope, optimizer.bounds) == ("tensor", (1e-7, 10.0))
+
+
+@pytest.mark.parametrize("text", ["horizon=inf", "horizon = INF", "horizon=math.inf"])
+def test_the_papers_own_rule_is_reached_from_the_command_line(text, tmp_path):
+    argv = [
+        "--output_dir",
+        str(tmp_path),
+        "--optim",
+        "elra_c2min",
+        "--optim_args",
+        text,
+        "--max_steps",
+        "3",
+        "--use_cpu",
+        "True",
+    ]
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*argv, "--report_to", "none"])
+    trainer = Trainer(bert(), args, train_dataset=Rows())
+    trainer.train()
+    assert unwrap(trainer.optimizer).rule.horizon == math.inf
 
 
 def test_the_trainers_own_options_reach_it_too(tmp_path):

@@ -1,0 +1,47 @@
+"""Processes that multiprocessing starts with "spawn" or "forkserver" learn what ``elra_hf.run`` taught their parent."""
+
+from __future__ import annotations
+
+import multiprocessing.spawn
+import os
+import runpy
+import sys
+from typing import Any
+
+if __name__ == "elra_hf_child":
+    # behind everything else, for a package that is not installed
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+
+import elra_hf  # noqa: F401  registers the optimizers
+
+
+class _Lesson:
+    """Part of what a child unpickles before it imports the script."""
+
+    def __init__(self, replaced: str) -> None:
+        self.replaced = replaced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by file name: the child does not have the parent's sys.path yet
+        return runpy.run_path, (os.path.abspath(__file__), {"REPLACED": self.replaced}, "elra_hf_child")
+
+
+def reach_children(replaced: str) -> None:
+    """Let the children, and theirs, import elra_hf before the script, and replace what is replaced here."""
+    original = multiprocessing.spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        # the child reads the keys that it knows
+        return {**original(name), "elra_hf": _Lesson(replaced)}
+
+    multiprocessing.spawn.get_preparation_data = get_preparation_data
+
+
+if __name__ == "elra_hf_child":  # in the child
+    from elra_hf.adapters import replace as _replace
+    from elra_hf.adapters import spawn as _spawn
+
+    _replaced = globals()["REPLACED"]
+    if _replaced:
+        _replace.replace(_replaced)
+    _spawn.reach_children(_replaced)
