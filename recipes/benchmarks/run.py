@@ -35,7 +35,7 @@ from recipes.sweep import Row, append, read
 
 from .functions import FUNCTIONS
 from .language import LANGUAGE
-from .optimizers import OPTIMIZERS, Optimizer, half_decade, nearest
+from .optimizers import OPTIMIZERS, SCHEDULES, Optimizer, half_decade, nearest
 from .tasks import TASKS, Batch, Loss, Problem, find
 
 TASKS |= LANGUAGE | FUNCTIONS
@@ -129,7 +129,7 @@ def train(run: Run, declared: Optimizer, trajectories: Path | None) -> Row:
     params = [p for p in problem.model.parameters() if p.requires_grad]
     with contextlib.redirect_stdout(io.StringIO()):  # some packages print when they are made
         optimizer = declared.make(params, float(run.rate))
-    scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / run.steps if run.schedule == "linear" else 1.0)
+    scheduler = LambdaLR(optimizer, lambda step: SCHEDULES[run.schedule](step, run.steps))
     group = optimizer.param_groups[0]
     start = average(problem.loss, problem.model.eval(), problem.splits["train"])
     # a function tells the steps to its goal instead; a schedule only multiplies α
