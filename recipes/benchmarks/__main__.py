@@ -9,6 +9,8 @@ COMMANDS = {
     "paper": ("paper", "the paper's own experiments, rows and report"),
     "questions": ("studies", "the paper's open questions, rows and report"),
     "cosines": ("cosines", "what a rate rule can see along fixed rates"),
+    "speed": ("speed", "what a step costs next to fused AdamW, rows and table"),
+    "scale": ("scale", "a GPT of 105 M parameters against swept AdamW, rows and report"),
 }
 USAGE = "usage: python -m recipes.benchmarks COMMAND [OPTIONS]; --help after a command lists its options\n\n" + "\n".join(
     f"  {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items()

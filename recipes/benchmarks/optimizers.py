@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import math
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,26 @@ from .tasks import Task
 BOTH = ("constant", "linear")
 
 
+def warm_up(share: float, then: Callable[[float], float]) -> Callable[[int, int], float]:
+    """Rise linearly over that share of the steps, then follow ``then``: of the share of the other steps taken → factor."""
+
+    def factor(step: int, steps: int) -> float:
+        rising = math.ceil(share * steps)
+        return (step + 1) / rising if step < rising else then((step - rising) / (steps - rising))
+
+    return factor
+
+
+# name → (step, steps) → factor of the learning rate
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda step, steps: 1.0,
+    "linear": lambda step, steps: 1.0 - step / steps,
+    "warmup-constant": warm_up(0.05, lambda share: 1.0),
+    "warmup-linear": warm_up(0.05, lambda share: 1.0 - share),
+    "warmup-cosine": warm_up(0.02, lambda share: (1.0 + math.cos(math.pi * share)) / 2.0),
+}
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """A declaration.
@@ -33,7 +53,7 @@ class Optimizer:
         options: further arguments; what is not named stays at the package's default.
         scale: usual rate over AdamW's usual rate, where the rate is swept.
         centre: usual rate on every task; takes the place of ``scale``.
-        schedules: those it runs with.
+        schedules: those of `SCHEDULES` that it runs with.
         package: the name to install it by, with version.
         quick: belongs to the quick suite.
         ours: is one of this package's.
@@ -89,10 +109,28 @@ OPTIMIZERS: dict[str, Optimizer] = {
     # what the Trainer does when nothing is set
     "hf-default": Optimizer("torch.optim:AdamW", 5e-5, {"weight_decay": 0.0}, schedules=("linear",), quick=True),
     "adamw-1e-3": Optimizer("torch.optim:AdamW", 1e-3, schedules=("linear",), quick=True),
+    # the rules of thumb for adapters and for all weights
+    "adamw-2e-4": Optimizer("torch.optim:AdamW", 2e-4, schedules=("linear",)),
+    "adamw-2e-5": Optimizer("torch.optim:AdamW", 2e-5, schedules=("linear",)),
+    # AlgoPerf's fixed point; its momentum follows no schedule of its own, which torch's does unless that is over at once
+    "nadamw": Optimizer(
+        "torch.optim:NAdam",
+        1.749e-3,
+        {"betas": (0.93266, 0.99552), "weight_decay": 0.0812, "decoupled_weight_decay": True, "momentum_decay": 1e3},
+        schedules=("warmup-cosine",),
+    ),
     "prodigy": Optimizer("prodigyopt:Prodigy", 1.0, package="prodigyopt==1.1.2", quick=True),
+    "prodigy-safeguard": Optimizer("prodigyopt:Prodigy", 1.0, {"safeguard_warmup": True}, package="prodigyopt==1.1.2"),
     "dadapt-adam": Optimizer("dadaptation:DAdaptAdam", 1.0, package="dadaptation==3.2", quick=True),
     "schedule-free": Optimizer(
         "schedulefree:AdamWScheduleFree", 2.5e-3, schedules=("constant",), package="schedulefree==1.4.1", quick=True
+    ),
+    "schedule-free-warmup": Optimizer(
+        "schedulefree:AdamWScheduleFree",
+        2.5e-3,
+        {"betas": (0.9, 0.9955)},
+        schedules=("warmup-constant",),
+        package="schedulefree==1.4.1",
     ),
 }
 

@@ -34,10 +34,11 @@ import elra_hf
 from recipes.sweep import Row, append, read
 
 from .functions import FUNCTIONS
-from .optimizers import OPTIMIZERS, Optimizer, half_decade, nearest
+from .language import LANGUAGE
+from .optimizers import OPTIMIZERS, SCHEDULES, Optimizer, half_decade, nearest
 from .tasks import TASKS, Batch, Loss, Problem, find
 
-TASKS |= FUNCTIONS
+TASKS |= LANGUAGE | FUNCTIONS
 TUNING_SEED = 0  # reporting seeds are 1, 2, …
 START_RATES = [10.0**k for k in range(-9, 1)]
 START_RATE_SEED = 1
@@ -128,7 +129,7 @@ def train(run: Run, declared: Optimizer, trajectories: Path | None) -> Row:
     params = [p for p in problem.model.parameters() if p.requires_grad]
     with contextlib.redirect_stdout(io.StringIO()):  # some packages print when they are made
         optimizer = declared.make(params, float(run.rate))
-    scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / run.steps if run.schedule == "linear" else 1.0)
+    scheduler = LambdaLR(optimizer, lambda step: SCHEDULES[run.schedule](step, run.steps))
     group = optimizer.param_groups[0]
     start = average(problem.loss, problem.model.eval(), problem.splits["train"])
     # a function tells the steps to its goal instead; a schedule only multiplies α
@@ -498,10 +499,9 @@ def default_optimizers(study: str, suite: str, task: str) -> list[str]:
     """Those that run on a task when none are named."""
     if study in VARIATIONS:
         return [name for name, declared in OPTIMIZERS.items() if declared.ours or name == "adamw"]
-    if suite == "quick":
-        return [name for name, declared in OPTIMIZERS.items() if declared.quick]
     sweeps = find(task).sweeps
-    return [name for name, declared in OPTIMIZERS.items() if sweeps or declared.rate is not None or name == "adamw"]
+    known = {name: declared for name, declared in OPTIMIZERS.items() if suite == "full" or declared.quick}
+    return [name for name, declared in known.items() if sweeps or declared.rate is not None or name == "adamw"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -53,7 +53,7 @@ class Task:
         steps: optimizer steps of a run.
         usual: the usual AdamW learning rate, centre of the sweep.
         quick: belongs to the quick suite.
-        sweeps: the full suite sweeps every baseline here; False: AdamW alone, since a sweep takes 15 minutes or more.
+        sweeps: every baseline of the suite is swept here; False: AdamW alone, since a sweep takes long.
         goal: share of the first loss at which the task counts as solved, where the lowest loss is known to be 0.
     """
 
@@ -121,10 +121,20 @@ def fashion() -> tuple[Tensor, Tensor]:
     return (x - 0.2860) / 0.3530, torch.tensor(np.concatenate(ys), dtype=torch.long)
 
 
+def cache_folder() -> Path:
+    """Where what was fetched or made once is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
+
+
+def shakespeare_text() -> str:
+    """Shakespeare's and Milton's works."""
+    return "\n".join(poets().values())
+
+
 @functools.cache
 def shakespeare() -> Tensor:
-    """Shakespeare's and Milton's works as character ids, 93 characters."""
-    return characters("\n".join(poets().values()))
+    """The same as character ids, 93 characters."""
+    return characters(shakespeare_text())
 
 
 @functools.cache
