@@ -30,8 +30,15 @@ SCALARS = {
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
 # What is no tensor: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
-# positions that sat out the last step, calls of step() up to 1.
-PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
+# positions that sat out the last step, calls of step() up to 1, public names that the group brought itself.
+PLAIN: dict[str, Any] = {
+    "elra_base": None,
+    "elra_full": None,
+    "elra_top": None,
+    "elra_idle": "",
+    "elra_calls": 0,
+    "elra_foreign": "",
+}
 
 
 def is_wide(param: Tensor) -> bool:
@@ -70,8 +77,15 @@ class Groups(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, also in mid-training: it then starts at the rate reached so far."""
-        super().add_param_group(param_group)
+        # a group of another optimizer's brings its state along, which is not this one's
+        mine = {
+            name
+            for name, value in param_group.items()
+            if name.startswith("elra_") or (name in PUBLIC and isinstance(value, Tensor))
+        }
+        super().add_param_group({name: value for name, value in param_group.items() if name not in mine})
         group = self.param_groups[-1]
+        group["elra_foreign"] = " ".join(sorted(set(PUBLIC) & set(group)))
         try:
             self._check_group(group)
         except ValueError:
@@ -110,9 +124,9 @@ class Groups(Optimizer):
         self._show(group)
 
     def _show(self, group: dict[str, Any]) -> None:
-        """Publish what users read, unless the group brought a key of that name."""
-        for name in PUBLIC:
-            if name not in group or isinstance(group[name], Tensor):
+        """Publish what users read, unless the group brought a key of that name, or a wrapper has put a number there."""
+        for name in set(PUBLIC) - set(group["elra_foreign"].split()):
+            if isinstance(group.get(name, group["elra_alpha"]), Tensor):
                 group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
 
     @staticmethod
@@ -152,9 +166,12 @@ class Groups(Optimizer):
                 shares.append((0.0, 0.0))
                 continue
             ratio = full / (own if base is None else base)
-            if isinstance(lr, Tensor) or isinstance(top, Tensor):
-                top = group["elra_top"] = torch.maximum(torch.as_tensor(top).to(lr), torch.as_tensor(lr))
+            if isinstance(top, Tensor):
+                top = group["elra_top"] = torch.maximum(top, torch.as_tensor(lr).to(top))
                 shares.append((ratio, ratio * torch.where(top > 0, lr / top, 0.0)))
+                continue
+            if isinstance(lr, Tensor):  # put there later, as by a distributed checkpoint
+                shares.append((ratio, ratio * (lr / top)))
                 continue
             if lr > top * (1.0 + 1e-6):
                 if top == full:
@@ -183,6 +200,8 @@ class Groups(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
                     group.setdefault(name, value)
+            for name in set(PUBLIC) - set(group.get("elra_foreign", "").split()):
+                group.pop(name, None)  # a checkpoint holds numbers
             self._fill_group(group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -324,7 +324,7 @@ class Elra(Groups):
         if "pp" in self.rule.needs:  # products along the last step, by how far that went
             return full.new_ones(len(self._needs)) * (0.0 if bucket.idle else bucket.group["elra_multiplier"])
         inverse = torch.where(full > 0, 1.0 / full, 0.0)
-        by_name = {"gg": full, "gs": torch.ones_like(full), "ss": inverse}
+        by_name = {"gg": full, "gm": full, "mm": full, "gs": torch.ones_like(full), "ss": inverse}
         return torch.stack([by_name[need] for need in self._needs])
 
     # ---- decide -----------------------------------------------------------------------------------------------------------
@@ -340,10 +340,10 @@ class Elra(Groups):
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where((memory["scale"] == 0) & (entries > 0), typical, memory["scale"])
         memory["size"] = torch.where((memory["size"] == 0) & (entries > 0), size, memory["size"])
-        weights, reached = self._weights(shares)
+        weights, reached, now = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
-        dots |= {"reached": self._of_cells(reached), "steps": self._of_cells([group["elra_steps"] for group in groups])}
+        dots |= {"reached": self._of_cells(reached), "share": self._of_cells(now), "steps": self._of_cells([group["elra_steps"] for group in groups])}
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
@@ -368,22 +368,22 @@ class Elra(Groups):
         memory |= {name: torch.where(taken, value, memory[name]) for name, value in decision.memory.items()}
         return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
 
-    def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """How much the last step of each group says about the schedule's full rate, and the highest share so far; in [0, 1].
+    def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
+        """How much the last step of each group says about the schedule's full rate, the highest share so far, and the last one.
 
-        The former is the share that was reached in a warm-up, for α must not undo it, and less in a decay: nothing below half of
-        the highest share so far, since smaller steps make cosines rise, and answering would undo the decay. Both are 0 before
-        there was a step. Under scope "global" those of the group that has most.
+        All are in [0, 1], and 0 before there was a step. The first is the share that was reached in a warm-up, for α must not
+        undo it, and less in a decay: nothing below half of the highest share so far, since smaller steps make cosines rise, and
+        answering would undo the decay. Under scope "global" those of the group that has most.
         """
-        weights, reached = [], []
+        found = []
         for group, (full, _) in zip(self.param_groups, shares, strict=True):
             multiplier, peak = group["elra_multiplier"], group["elra_peak"]
-            reached.append((peak / full).clamp(max=1.0).nan_to_num(0.0))
-            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
-            weights.append(weight.nan_to_num(0.0))
-        if self.scope != "global":
-            return weights, reached
-        return [torch.stack(weights).amax()] * len(weights), [torch.stack(reached).amax()] * len(reached)
+            last, highest = ((value / full).clamp(max=1.0) for value in (multiplier, peak))
+            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * last
+            found.append(torch.stack([weight, highest, last]).nan_to_num(0.0))
+        if self.scope == "global":
+            found = [torch.stack(found).amax(0)] * len(found)
+        return tuple([row[i] for row in found] for i in range(3))
 
     # ---- update -----------------------------------------------------------------------------------------------------------
 
