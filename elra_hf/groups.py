@@ -240,7 +240,7 @@ class Groups(Optimizer):
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(index, group, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         shared: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-        for i, (index, group, p) in zip(saved, params, strict=True):
+        for member, (i, (index, group, p)) in enumerate(zip(saved, params, strict=True)):
             loaded = state_dict["state"].get(i, {})
             if not loaded:
                 continue
@@ -252,10 +252,14 @@ class Groups(Optimizer):
                     self.state[p][name] = self.state[p][name].to(dtype)
             if "elra" in loaded:
                 self.state[p]["elra"] = loaded["elra"].detach().clone()
-            # a group's parameters of one age share their counters; ZeRO steps the groups apart
+            # peers of one age share their counters
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
             fresh = {name: torch.tensor(n, dtype=torch.float32, device=p.device) for name, n in counts.items()}
-            self.state[p].update(shared.setdefault((index, p.device, *counts.values()), fresh))
+            self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
+
+    def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:
+        """What parameters have in common that count together: a group, as ZeRO steps groups apart, and a rate."""
+        return index, member if self.scope == "tensor" else -1, p.device
 
     def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError for the state of another optimizer, or of another of ours."""

@@ -184,7 +184,9 @@ class Elra(Groups):
             if self.check_sync:
                 # also of what is whole on every rank, since the sum takes that from one rank only
                 seen = torch.stack([total, parts.get((), total)])
-                require_same(seen[..., -1:], seen[..., :-1], verdict.alpha)
+                n = len(self._needs)
+                # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
+                require_same(seen[..., n + 1 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
             self._update(buckets, verdict, shares)
             self._publish(params, verdict, shares)
         return result
@@ -194,7 +196,7 @@ class Elra(Groups):
     def _gather(self, ranks: list[Ranks]) -> list[Bucket]:
         """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        newborn: dict[torch.device, dict[str, Tensor]] = {}
+        newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         member = -1
         for index, group in enumerate(self.param_groups):
             # a string, since distributed checkpoints take lists apart and expect the same length when they load
@@ -213,7 +215,7 @@ class Elra(Groups):
                     )
                 state = self.state[p]
                 if not state:
-                    self._give_birth(p, group, newborn)
+                    self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
                 new = any(state["step"] is fresh["step"] for fresh in newborn.values())
                 key = (
@@ -243,11 +245,13 @@ class Elra(Groups):
             group["elra_idle"] = " ".join(absent)
         return list(buckets.values())
 
-    def _give_birth(self, p: Tensor, group: dict[str, Any], newborn: dict[torch.device, dict[str, Tensor]]) -> None:
-        """Create the state of a parameter; those of one step share their counters."""
+    def _give_birth(
+        self, p: Tensor, group: dict[str, Any], newborn: dict[tuple[Any, ...], dict[str, Tensor]], peers: tuple[Any, ...]
+    ) -> None:
+        """Create the state of a parameter; peers of one step share their counters."""
         state = self.state[p]
         fresh = {name: torch.zeros((), dtype=torch.float32, device=p.device) for name in self.direction.counters}
-        state.update(newborn.setdefault(p.device, fresh))
+        state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
             values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
             values[1:3] = 0.0, 0.0  # sizes are its own
