@@ -30,7 +30,7 @@ SCALARS = {
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
 # What is no tensor: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
-# positions that sat out the last step, calls of step() up to 1.
+# positions that sat out the last step, calls of step() up to 1; and which names of PUBLIC are ours, blanks between.
 PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
 
 
@@ -96,7 +96,8 @@ class Groups(Optimizer):
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
         dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
-        for name, value in {**PLAIN, "elra_kind": self._kind}.items():
+        ours = " ".join(name for name in PUBLIC if name not in group)
+        for name, value in {**PLAIN, "elra_kind": self._kind, "elra_shown": ours}.items():
             group.setdefault(name, value)
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
@@ -111,9 +112,8 @@ class Groups(Optimizer):
 
     def _show(self, group: dict[str, Any]) -> None:
         """Publish what users read, unless the group brought a key of that name."""
-        for name in PUBLIC:
-            if name not in group or isinstance(group[name], Tensor):
-                group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
+        for name in group["elra_shown"].split():
+            group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
 
     @staticmethod
     def _effective(group: dict[str, Any]) -> Tensor:
@@ -192,7 +192,7 @@ class Groups(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            own = {name for name in group if name.startswith("elra_") or name in PUBLIC}
+            own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
         for key, state in state_dict["state"].items():
             state_dict["state"][key] = {
