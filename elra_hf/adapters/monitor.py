@@ -23,8 +23,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         prog_bar: show the rate in the progress bar, too.
         loss_restarts: hand the loss, averaged over the micro-batches of the step and over all ranks, to the optimizer, which
             then undoes a step after which the loss exploded. Costs one more small all-reduce a step. Without it the optimizer
-            does so in single-process training with automatic optimization, where Lightning shows it the loss. Automatic
-            optimization only; under manual optimization call ``optimizer.step(loss=...)``.
+            goes by the gradient alone. Automatic optimization only; under manual optimization call
+            ``optimizer.step(loss=...)``.
     """
 
     def __init__(self, prog_bar: bool = False, loss_restarts: bool = False) -> None:

@@ -1,23 +1,25 @@
-"""What a rate rule can see: cosines along runs at fixed rates, early and late. Source of how each of our rules settles.
+"""What a rate rule can see: cosines along runs at fixed rates, early and late. Why ours follow the average of the iterates.
 
-A table a task and a direction, a line a rate, averages over stretches of the run beside the validation loss that the rate ends
-at. Along AdamW's direction the median vote of the tensors and the one cosine of all; along that of c2min and p2min the cosine
-of successive gradients and the share of the steps that overshoot.
+A table a task, a direction and a metric; a line a rate; averages over stretches of the run beside the validation loss that the
+rate ends at. Each cell holds the cosine of the gradient with the way back along the last step, and that with the way back to
+the average of the iterates. A rule raises the rate where its cosine is positive, so that it comes to rest where that is 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from elra_hf import Adam, C2Min, Elra, Momentum
-from elra_hf.rules import Clock, Dots, cosine, weighted_median
+from elra_hf import Adam, Elra, Momentum
+from elra_hf.directions import Direction
+from elra_hf.rules import Decision, Dots, Memory, cosine
 
 from .cells import markdown
 from .optimizers import OPTIMIZERS, half_decade, nearest
@@ -26,65 +28,62 @@ from .tasks import TASKS
 
 STRETCHES = ((1, 10), (10, 30), (30, 100), (100, None))  # steps
 RATES = range(-2, 3)  # half decades around the usual rate
-DIRECTIONS = {"adamw": Adam(), "sgd-momentum": Momentum()}  # by the baseline whose usual rates are taken
+DIRECTIONS: dict[str, Direction] = {"adamw": Adam(), "sgd-momentum": Momentum()}  # by whose usual rates are taken
 
 
 @dataclass(frozen=True)
-class Votes:
-    """Leaves the rate as it is and notes, step by step, the vote of the tensors and the one cosine of all."""
+class Fixed:
+    """Leaves the rate as it is, and shows the cosine that ours follow."""
 
-    seen: list[tuple[float, float]] = field(default_factory=list)
-    told: ClassVar[str] = "{:+.2f}; {:+.2f}"
-    votes: ClassVar[bool] = True
-    clips: ClassVar[bool] = False
-    relative: ClassVar[bool] = True
-    clock: ClassVar[Clock] = "steps"
-    needs: ClassVar[frozenset[str]] = frozenset({"gg", "gd", "dd"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss"})
+    memory: ClassVar[Mapping[str, float]] = {}
 
-    def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
-        """Return ``alpha`` and the vote."""
-        known = (dots["gg"] > 0) & (dots["dd"] > 0)
-        vote = weighted_median(cosine(dots["gd"], dots["gg"], dots["dd"]), dots["size"].sqrt() * known)
-        whole = cosine(*(dots[name].sum(1) for name in ("gd", "gg", "dd")))
-        self.seen.append((vote.item(), whole.item()))
-        return alpha, vote
-
-
-@dataclass(frozen=True)
-class Overshoots:
-    """Leaves the rate as it is and notes, step by step, the cosine of successive gradients and whether the step overshot."""
-
-    seen: list[tuple[float, float]] = field(default_factory=list)
-    told: ClassVar[str] = "{:+.2f}; {:.0%}"
-    votes: ClassVar[bool] = False
-    clips: ClassVar[bool] = False
-    relative: ClassVar[bool] = False
-    clock: ClassVar[Clock] = "overshoots"
-    needs: ClassVar[frozenset[str]] = C2Min.needs
-
-    def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
+    def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
         """Return ``alpha`` and the cosine."""
-        cos = cosine(dots["gp"], dots["gg"], dots["pp"])
-        self.seen.append((cos.item(), float(dots["gd"] < 0)))
-        return alpha, cos
+        return Decision(alpha, cosine(dots["gs"], dots["gg"], dots["ss"]), {})
 
 
-def measure(task: str, direction: Adam | Momentum, rate: float) -> list[str]:
-    """A line of the table: rate, in units of the typical weight too with Adam, stretches, last validation loss."""
+def angle(gradients: Sequence[Tensor], ways: Sequence[Tensor], metrics: Sequence[Tensor]) -> float:
+    """The cosine of a gradient with a way in the metric diag(``metrics``); all three cut into tensors alike."""
+    products = [(g @ s, (g / m) @ g, (m * s) @ s) for g, s, m in zip(gradients, ways, metrics, strict=True)]
+    return cosine(*torch.tensor(products, dtype=torch.float64).sum(0)).item()
+
+
+def measure(task: str, direction: Direction, rate: float) -> dict[str, list[str]]:
+    """By metric a line of its table: rate, in units of the typical weight too with Adam, stretches, last validation loss."""
     problem = TASKS[task].build(TUNING_SEED)
-    rule = Votes() if isinstance(direction, Adam) else Overshoots()
-    optimizer = Elra([p for p in problem.model.parameters() if p.requires_grad], direction, rule, lr=rate)
+    params = [p for p in problem.model.parameters() if p.requires_grad]
+    optimizer = Elra(params, direction, Fixed(), lr=rate)
+    seen: dict[str, list[tuple[float, float]]] = {"Adam's metric": [], "Euclidean": []}
+    if isinstance(direction, Momentum):
+        del seen["Adam's metric"]
+    last: list[Tensor] = []  # x_{t-1}
     problem.model.train()
     for _ in range(TASKS[task].steps):
         optimizer.zero_grad()
         problem.loss(problem.model, next(problem.batches)).backward()
+        now = [p.detach().flatten().clone() for p in params]
+        ways = [optimizer.state[p]["way"].flatten().clone() for p in params] if last else []
         optimizer.step()
-    cells = []
-    for start, stop in STRETCHES:
-        cells.append(rule.told.format(*map(statistics.fmean, zip(*rule.seen[start:stop], strict=True))))
-    scale = float(optimizer.param_groups[0]["scale"])
-    head = f"{rate:.2g} ({rate / scale:.2g} s)" if rule.relative else f"{rate:.2g}"
-    return [head, *cells, f"{evaluate(problem, 'validation')[0]:.3g}"]
+        if last:
+            gradients = [p.grad.flatten() for p in params]  # type: ignore[union-attr]
+            steps = [then - here for then, here in zip(last, now, strict=True)]
+            metrics = {"Euclidean": [torch.ones_like(x) for x in now]}
+            if isinstance(direction, Adam):
+                metrics["Adam's metric"] = [optimizer.state[p]["variance"].flatten().sqrt() + direction.eps for p in params]
+            for name, cosines in seen.items():
+                cosines.append((angle(gradients, steps, metrics[name]), angle(gradients, ways, metrics[name])))
+        last = now
+    validation = f"{evaluate(problem, 'validation')[0]:.3g}"
+    scale = float(optimizer.param_groups[0]["elra_scale"])
+    head = f"{rate:.2g} ({rate / scale:.2g} s)" if direction.relative else f"{rate:.2g}"
+    return {name: [head, *stretches(cosines), validation] for name, cosines in seen.items()}
+
+
+def stretches(cosines: Sequence[tuple[float, float]]) -> list[str]:
+    """A cell a stretch: the averages of both cosines. The first is of step 2, since step 1 has no way behind it."""
+    parts = [cosines[start - 1 : stop and stop - 1] for start, stop in STRETCHES]
+    return ["{:+.2f}; {:+.2f}".format(*map(statistics.fmean, zip(*part, strict=True))) for part in parts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,18 +97,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     header = ["rate", *(f"steps {a} to {b or 'the end'}" for a, b in STRETCHES), "validation loss"]
     parts = [
-        "# Cosines along fixed rates\n\nWritten by `python -m recipes.benchmarks cosines`: constant rates, one seed. Along "
-        "AdamW's direction each cell holds the median vote of the tensors (weighed by the root of their size) and the one "
-        "cosine of all, between the gradient and the step before; s is the typical size of a weight. Along that of c2min and "
-        "p2min the cosine of successive gradients, and the share of steps that overshoot (⟨G_t, d_{t-1}⟩ below 0).\n"
+        "# Cosines along fixed rates\n\nWritten by `python -m recipes.benchmarks cosines`: constant rates, one seed. Each cell "
+        "holds the cosine of the gradient with the way back along the last step, and that with the way back to the average of "
+        "the iterates; positive: the way was too short. A rule comes to rest where its cosine is 0. s is the typical size of "
+        "a weight. Steps count those that have one behind them.\n"
     ]
     for task in args.tasks:
         for name, direction in DIRECTIONS.items():
-            lines = []
+            lines: dict[str, list[list[str]]] = {}
             for step in RATES:
                 rate = half_decade(nearest(OPTIMIZERS[name].usual(TASKS[task])) + step)
-                lines.append(measure(task, direction, rate))
-                print(task, name, *lines[-1], sep=" | ", flush=True)
-            parts.append(f"## {task}, {name}\n\n{markdown(header, lines)}")
+                for metric, line in measure(task, direction, rate).items():
+                    lines.setdefault(metric, []).append(line)
+                    print(task, name, metric, *line, sep=" | ", flush=True)
+            parts += [f"## {task}, {name}, {metric}\n\n{markdown(header, table)}" for metric, table in lines.items()]
     args.results.write_text("\n".join(parts))
     print(f"written: {args.results}")

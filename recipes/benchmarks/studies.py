@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from elra_hf import C2Min, Elra, Momentum, P2Min
-from elra_hf.rules import Clock, Dots, check_gain, cosine
+from elra_hf import C2Min, Elra, P2Min, SuccessiveGradients
+from elra_hf.rules import Decision, Dots, Memory, Rule, check_gain, cosine
 from recipes.sweep import Row
 
 from .cells import geometric_mean, markdown, mean, ratio, spread
@@ -40,36 +40,36 @@ class Exponential:
     """
 
     gain: float = 0.5
-    needs: ClassVar[frozenset[str]] = C2Min.needs
-    relative: ClassVar[bool] = False
-    clock: ClassVar[Clock] = "overshoots"
-    votes: ClassVar[bool] = False
-    clips: ClassVar[bool] = False
+    most: ClassVar[float] = math.inf  # gain, exclusive
+    needs: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp"})
+    memory: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
-        check_gain(self.gain, below=math.inf)
+        check_gain(self.gain, below=self.most)
 
-    def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
+    def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
         """Return the next rate and the cosine."""
         cos = cosine(dots["gp"], dots["gg"], dots["pp"])
-        return alpha * torch.exp(self.gain * cos), cos
+        return Decision(alpha * torch.exp(self.gain * cos), cos, {})
 
 
-class Norms(C2Min):
-    """α_t = α_{t-1} (1 + gain·c_t·min(1, ‖G_t‖/‖G_{t-1}‖)). Source: ours.
+class Norms(Exponential):
+    """α_t = α_{t-1} (1 + gain·c_t·min(1, ‖G_t‖/‖G_{t-1}‖)), gain < 1. Source: ours.
 
     c·‖G_t‖/‖G_{t-1}‖ is what p2min's 1/(1 - q) begins with: along a parabola a gradient that is gone after the step says that
     the rate was right, whatever the angle. The cap keeps c2min's bound on the factor.
     """
 
-    def __call__(self, alpha: Tensor, dots: Dots) -> tuple[Tensor, Tensor]:
+    most: ClassVar[float] = 1.0
+
+    def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
         """Return the next rate and the cosine."""
         cos = cosine(dots["gp"], dots["gg"], dots["pp"])
         norms = torch.where(dots["pp"] > 0, (dots["gg"] / dots["pp"]).sqrt(), torch.ones_like(cos))
-        return alpha * (1.0 + self.gain * cos * norms.clamp(max=1.0)), cos
+        return Decision(alpha * (1.0 + self.gain * cos * norms.clamp(max=1.0)), cos, {})
 
 
-PAPER = C2Min(horizon=math.inf)  # never settles
+PAPER = C2Min(horizon=math.inf)
 
 # ---- β1 and β2 -------------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class AdaptedBetas(Elra):
     """
 
     def __init__(self, params: Any, *, adapt: tuple[str, ...], **options: Any) -> None:
-        super().__init__(params, Momentum(), PAPER, **options)
+        super().__init__(params, SuccessiveGradients(), PAPER, **options)
         self.adapt = adapt
         self.smooth = 0.0
 
@@ -100,7 +100,7 @@ class AdaptedBetas(Elra):
         result = super().step(closure, loss=loss)
         cos = float(self.param_groups[0]["cos"])
         self.smooth = SMOOTHED * self.smooth + (1.0 - SMOOTHED) * cos
-        start = dict(zip(("β1", "β2"), Momentum().betas, strict=True))
+        start = dict(zip(("β1", "β2"), SuccessiveGradients().betas, strict=True))
         for group in self.param_groups:
             group["betas"] = tuple(
                 min(MOST, 1.0 - (1.0 - beta) * (1.0 - self.smooth)) if name in self.adapt else beta
@@ -117,9 +117,9 @@ def pieces(path: str, **options: Any) -> Optimizer:
     return Optimizer(path, RATE, options, schedules=("constant",), package="elra_hf", ours=True)
 
 
-def momentum(rule: Any, betas: tuple[float, float] = Momentum().betas) -> Optimizer:
-    """Momentum with a rule."""
-    return pieces("elra_hf:Elra", direction=Momentum(betas), rule=rule)
+def momentum(rule: Rule, betas: tuple[float, float] = SuccessiveGradients().betas) -> Optimizer:
+    """The paper's momentum with a rule."""
+    return pieces("elra_hf:Elra", direction=SuccessiveGradients(betas), rule=rule)
 
 
 BASE = "c2min"  # constant gain 0.5, betas 0.8 and 0.7: as the paper has it
@@ -127,10 +127,10 @@ GROWTH = {
     BASE: momentum(PAPER),
     "pair 0.5 0.6": momentum(C2Min((0.5, 0.6), horizon=math.inf)),
     "exponential 0.5": momentum(Exponential(0.5)),
-    "norms 0.5": momentum(Norms(0.5, math.inf)),
+    "norms 0.5": momentum(Norms(0.5)),
     "p2min": momentum(P2Min(horizon=math.inf)),
-    "c2min, settling": momentum(C2Min()),
-    "p2min, settling": momentum(P2Min()),
+    "c2min, average": pieces("elra_hf:ElraC2Min"),
+    "p2min, average": pieces("elra_hf:ElraP2Min"),
 }
 BETAS = {
     BASE: GROWTH[BASE],
@@ -361,7 +361,7 @@ def report_growth(done: Done, _: Path) -> str:
         "- exponential 0.5: exp(c/2)\n"
         "- norms 0.5: 1 + c/2·min(1, ‖G_t‖/‖G_{t-1}‖)\n"
         "- p2min: 1/(1 - q), at most 2; q is the slope at the end of the last step over that at its start\n"
-        "- settling: the share 1 / (1 + n/2) of c2min's gain, 1 / (1 + n) of p2min's exponent, after n overshoots\n\n"
+        "- average: the defaults of the package, by the cosine of the gradient with the way back to the average of the iterates\n\n"
         f"{OF_TASKS}\n\n{variant_tables(tuple(GROWTH), done)}"
     )
 

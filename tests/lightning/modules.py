@@ -110,7 +110,7 @@ def plain(
             loss.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step(loss=loss)
+            optimizer.step()
             alphas.append(float(optimizer.param_groups[0]["alpha"]))
             rates.append(rate(optimizer))
             if scheduler:

@@ -1,5 +1,6 @@
 """`configure_elra`, and what `ElraMonitor` writes and hands over."""
 
+import math
 import subprocess
 import sys
 
@@ -113,7 +114,20 @@ class Exploding(LightningModule):
         return (self.x**2).sum() / 2
 
     def configure_optimizers(self):
-        return ElraC2Min(self.parameters(), lr=12.0, betas=(0.0, 0.0))
+        return ElraC2Min(self.parameters(), lr=12.0, betas=(0.0, 0.0), horizon=math.inf)
+
+
+class Loud(Classifier):
+    """The loss of the last step is a thousand times the others', its gradient is not."""
+
+    def __init__(self, configure):
+        super().__init__(configure)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(flat(self).clone())
+        loss = super().training_step(batch, batch_idx)
+        return loss + (999 * loss.detach() if batch_idx == STEPS - 1 else 0.0)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
@@ -138,8 +152,20 @@ def test_losses_are_means_over_micro_batches_and_leave_no_hook(precision):
     assert not run.optimizers[0]._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("flag", [False, True])
-def test_an_exploded_loss_undoes_the_step(flag):
+def test_an_exploded_loss_undoes_the_way_where_it_is_handed_over(flag, name):
+    module = Loud(lambda module: optimizer_of(name, module))
+    run = trainer(callbacks=[ElraMonitor(loss_restarts=flag)])
+    run.fit(module, loader())
+    assert run.optimizers[0].param_groups[0]["restarts"] == flag
+    average = torch.stack(module.seen).double().mean(0)
+    near = (flat(module) - average).norm() < 1e-3 * (module.seen[-1] - average).norm()
+    assert near == flag
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_an_exploded_gradient_undoes_the_step_in_any_case(flag):
     module = Exploding()
     run = trainer(callbacks=[ElraMonitor(loss_restarts=flag)])
     run.fit(module, loader())

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, rate
 from tests.core.problems import same, snapshot
 
-from .modules import NAMES, Classifier, flat, loader, lowering, optimizer_of, plain, trainer
+from .modules import NAMES, STEPS, Classifier, flat, loader, lowering, optimizer_of, plain, trainer
 
 FORMS = {
     "optimizer": lambda optimizer: optimizer,
@@ -142,7 +142,7 @@ def test_manual_optimization(how, name):
     x, alphas, _ = plain(name)
     assert torch.equal(flat(module), x)
     assert module.alphas == alphas
-    assert torch.isfinite(run.optimizers[0].param_groups[0]["best_loss"]) == (how != "nothing")
+    assert run.optimizers[0].param_groups[0]["elra_losses"] == (STEPS if how == "loss" else 0)
 
 
 class Gan(LightningModule):

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from elra_hf.adapters.lightning import ElraMonitor
+from elra_hf.witness import LOSSES
 
 from .modules import BATCH, NAMES, STEPS, Classifier, flat, loader, lowering, net, optimizer_of, trainer
 
@@ -49,10 +50,10 @@ class Sharded(Classifier):
 
 
 class Spike(Classifier):
-    """One rank's loss is a thousand times the others' at the sixth step, and so explodes for all."""
+    """One rank's loss is a thousand times the others' at the twelfth step, and so explodes for all."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        factor = 1000.0 if batch_idx == 5 and self.global_rank == 1 else 1.0
+        factor = 1000.0 if batch_idx == LOSSES + 1 and self.global_rank == 1 else 1.0
         # the gradient stays as it is, so that only the loss can tell
         loss = super().training_step(batch, batch_idx)
         return loss + (factor - 1) * loss.detach()
@@ -98,5 +99,5 @@ def everything() -> dict[str, Any]:
         module = Spike(lambda module: optimizer_of("elra_c2min", module), DOUBLE)
         run = fit(module, DDPStrategy(), callbacks=[ElraMonitor(loss_restarts=flag)])
         group = run.optimizers[0].param_groups[0]
-        results[f"spike {flag}"] = float(group["restarts"]), float(group["alpha"]), flat(module), float(group["best_loss"])
+        results[f"spike {flag}"] = float(group["restarts"]), float(group["alpha"]), flat(module), float(group["elra_losses"])
     return results

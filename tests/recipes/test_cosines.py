@@ -1,22 +1,61 @@
-"""The study of cosines, with a short real run."""
+"""The study of cosines, with short real runs."""
 
 import dataclasses
 
-from elra_hf import Adam, Momentum
+import pytest
+import torch
+
+from elra_hf import Adam, Elra, Momentum
 from recipes.benchmarks import cosines
 from recipes.benchmarks.tasks import TASKS
 
 
-def test_a_rate_that_is_too_small_shows_in_the_vote_and_one_too_large_does_not_hide(monkeypatch, tmp_path):
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
     monkeypatch.setitem(TASKS, "digits-mlp", dataclasses.replace(TASKS["digits-mlp"], steps=120))
-    small, large = (cosines.measure("digits-mlp", Adam(), rate) for rate in (1e-4, 1e-1))
-    first = [float(line[1].split(";")[0]) for line in (small, large)]
-    assert first[0] > 0.2 > 0.1 > first[1]
-    assert float(small[-1]) > float(large[-1]) > 0
-    short, long = (cosines.measure("digits-mlp", Momentum(), rate) for rate in (1e-3, 1.0))
-    overshoots = [int(line[2].split("; ")[1].rstrip("%")) for line in (short, long)]
-    assert overshoots[0] == 0
-    assert overshoots[1] > 50
+
+
+def cells(line: list[str]) -> list[list[float]]:
+    """Of each stretch the cosine with the last step, and that with the way back to the average."""
+    return [[float(value) for value in cell.split("; ")] for cell in line[1:-1]]
+
+
+@pytest.mark.parametrize(
+    ("direction", "metric", "rates"),
+    [(Adam(), "Adam's metric", (1e-4, 1e-1)), (Adam(), "Euclidean", (1e-4, 1e-1)), (Momentum(), "Euclidean", (1e-3, 3.0))],
+)
+def test_a_rate_that_is_too_small_or_too_large_shows(direction, metric, rates):
+    small, large = (cosines.measure("digits-mlp", direction, rate)[metric] for rate in rates)
+    for low, high in zip(*(cells(line)[0] for line in (small, large)), strict=True):
+        assert low > 0.2 > 0.1 > high
+    assert float(small[-1]) > 0
+    assert float(large[-1]) > 0
+
+
+@pytest.mark.parametrize(("direction", "metric"), [(Adam(), "Adam's metric"), (Momentum(), "Euclidean")])
+def test_the_cosine_with_the_way_to_the_average_is_the_one_that_rules_see(direction, metric, monkeypatch):
+    shown = []
+    original = Elra.step
+
+    def step(self):
+        original(self)
+        shown.append(float(self.param_groups[0]["cos"]))
+
+    monkeypatch.setattr(Elra, "step", step)
+    monkeypatch.setattr(cosines, "stretches", lambda seen: [str(pair[1]) for pair in seen])
+    line = cosines.measure("digits-mlp", direction, 3e-3)[metric]
+    assert [float(cell) for cell in line[1:-1]] == pytest.approx(shown[1:], abs=1e-4)
+    assert shown[0] == 0
+
+
+def test_a_cosine_by_hand():
+    g, s, m = ([torch.tensor(values)] for values in ([2.0, 0.0], [1.0, 1.0], [4.0, 1.0]))
+    assert cosines.angle(g, s, m) == pytest.approx(2 / 5**0.5)
+
+
+def test_a_table_a_direction_and_metric_a_line_a_rate(monkeypatch, tmp_path):
+    monkeypatch.setattr(cosines, "RATES", range(2))
     cosines.main(["--tasks", "digits-mlp", "--results", str(tmp_path / "cosines.md")])
     lines = (tmp_path / "cosines.md").read_text().splitlines()
-    assert sum(line.startswith(("| 0", "| 1")) for line in lines) == 2 * len(cosines.RATES)
+    assert sum(line.startswith("## digits-mlp, ") for line in lines) == 3
+    assert sum(line.startswith(("| 0", "| 1")) for line in lines) == 3 * len(cosines.RATES)

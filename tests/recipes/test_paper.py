@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elra_hf import Momentum
+from elra_hf import SuccessiveGradients
 from recipes.benchmarks import __main__, paper, studies
 from recipes.benchmarks.run import key
 from recipes.benchmarks.tasks import TASKS
@@ -212,8 +212,10 @@ def test_an_epoch_is_all_full_batches():
 
 
 def dots(gg: float, gp: float, pp: float) -> dict[str, torch.Tensor]:
-    of_run = {"clock": 0.0, "weight": 1.0, "trend": 0.0, "record": False, "short": torch.tensor(False)}
-    return {name: torch.tensor([x]) for name, x in {"gg": gg, "gp": gp, "pp": pp, **of_run}.items()}
+    return {name: torch.tensor([x]) for name, x in {"gg": gg, "gp": gp, "pp": pp, "reached": 1.0, "weight": 1.0}.items()}
+
+
+MEMORY = {"clock": torch.tensor([0.0])}
 
 
 def test_growth_functions_by_hand():
@@ -222,23 +224,23 @@ def test_growth_functions_by_hand():
         (studies.Exponential(0.5), math.exp(0.25)),
         (studies.Norms(0.5), 1 + 0.5 * 0.5 * 1 / 2),
     ):
-        adapted, cos = rule(alpha, dots(1.0, 1.0, 4.0))
+        adapted, cos, _ = rule(alpha, dots(1.0, 1.0, 4.0), {})
         assert cos.item() == 0.5
         assert adapted.item() == pytest.approx(2 * factor)
-    assert studies.Norms(0.5)(alpha, dots(4.0, -1.0, 1.0))[0].item() == pytest.approx(1.5)  # never by more than c2min
+    assert studies.Norms(0.5)(alpha, dots(4.0, -1.0, 1.0), {})[0].item() == pytest.approx(1.5)  # never by more than c2min
 
 
 @given(st.floats(-1, 1))
 def test_growth_functions_agree_where_they_should(cos):
     alpha, products = torch.tensor([1.0]), dots(1.0, cos, 1.0)
-    assert torch.allclose(studies.Norms(0.5)(alpha, products)[0], studies.PAPER(alpha, products)[0])
-    there, back = (studies.Exponential(0.5)(alpha, dots(1.0, c, 1.0))[0] for c in (cos, -cos))
+    assert torch.allclose(studies.Norms(0.5)(alpha, products, {}).alpha, studies.PAPER(alpha, products, MEMORY).alpha)
+    there, back = (studies.Exponential(0.5)(alpha, dots(1.0, c, 1.0), {}).alpha for c in (cos, -cos))
     assert (there * back).item() == pytest.approx(1.0)  # no drift
 
 
 @pytest.mark.parametrize("rule", [studies.Exponential(), studies.Norms()])
 def test_growth_functions_are_left_alone_without_information(rule):
-    assert rule(torch.tensor([0.1]), dots(1.0, 0.0, 0.0))[0].item() == pytest.approx(0.1)
+    assert rule(torch.tensor([0.1]), dots(1.0, 0.0, 0.0), {}).alpha.item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("make", [lambda: studies.Exponential(0.0), lambda: studies.Norms(1.0)])
@@ -255,7 +257,7 @@ def test_betas_grow_with_the_cosine(adapt, moved, sign):
     for step in range(60):
         x.grad = torch.ones(3) * sign**step
         optimizer.step()
-    for now, start, moves in zip(optimizer.param_groups[0]["betas"], Momentum().betas, moved, strict=True):
+    for now, start, moves in zip(optimizer.param_groups[0]["betas"], SuccessiveGradients().betas, moved, strict=True):
         assert now == start if not moves else (now - start) * sign > 0.05
         assert 0 <= now <= studies.MOST
 

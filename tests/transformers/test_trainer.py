@@ -203,10 +203,10 @@ def built(folder, optim, optim_args, **options):
 
 
 def test_optim_args_reach_the_constructor_in_its_types(tmp_path):
-    optimizer = built(tmp_path, "elra_c2min", "gain=(0.5,0.6),betas=(0.9, 0.7),scope=tensor,foreach=false,bounds=(1e-7,10)")
+    optimizer = built(tmp_path, "elra_c2min", "gain=(0.5,0.6),betas=(0.9, 0.7),scope=tensor,check_sync=true,bounds=(1e-7,10)")
     assert optimizer.rule.gain == (0.5, 0.6)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.7)
-    assert optimizer.param_groups[0]["foreach"] is False
+    assert optimizer.check_sync is True
     assert (optimizer.scope, optimizer.bounds) == ("tensor", (1e-7, 10.0))
 
 
@@ -246,7 +246,7 @@ def test_the_trainers_own_options_reach_it_too(tmp_path):
         ("elra_c2min", "gain=much", r"gain=much.*wrong type.*a number or \(a number, a number\)"),
         ("elra_c2min", "scope=layer", r"scope=layer.*global or group or tensor"),
         ("elra_c2min", "betas=(1,2,3)", r"betas=\(1,2,3\).*\(a number, a number\)"),
-        ("elra_c2min", "foreach=3", r"foreach=3.*true or false or none"),
+        ("elra_c2min", "check_sync=3", r"check_sync=3.*true or false"),
         ("elra_c2min", "lr=3", r"'lr=3'.*--learning_rate"),
         ("elra_c2min", "weight_decay=0.1", r"--weight_decay"),
         ("elra_c2min", "gain=1.5", r"gain=1.5"),
