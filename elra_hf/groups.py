@@ -29,7 +29,7 @@ SCALARS = {
 }
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
-# What is no tensor: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
+# What is no tensor, beside the optimizer's lr and what tells its checkpoints: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
 # positions that sat out the last step, calls of step() up to 1, public names that the group brought itself.
 PLAIN: dict[str, Any] = {
     "elra_base": None,
@@ -110,7 +110,11 @@ class Groups(Optimizer):
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
         dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
-        for name, value in {**PLAIN, "elra_kind": self._kind}.items():
+        for name, value in {
+            **PLAIN,
+            "elra_kind": self._kind,
+            "elra_lr": first.get("elra_lr", float(self.defaults["lr"])),
+        }.items():
             group.setdefault(name, value)
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
@@ -144,7 +148,7 @@ class Groups(Optimizer):
         schedule can only hold a rate down: what it writes counts as a share of the highest lr so far, ``initial_lr`` and
         ``max_lr`` of torch's schedulers included.
         """
-        own = float(self.defaults["lr"])
+        own = float(self.param_groups[0]["elra_lr"])  # a scheduler fills a tensor lr in place
         for group in self.param_groups:
             lr = number(group["lr"])
             if group["elra_full"] is None:

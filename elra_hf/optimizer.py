@@ -311,7 +311,11 @@ class Elra(Groups):
             counts = dict(zip(bucket.counts, values, strict=True))
             found = [torch.stack(self.direction.measure(piece, counts, last, needs)) for piece in bucket.pieces()]
             rows = torch.stack(found).to(alpha).sum(0)
-            row = [rows * self._metric(bucket, shares[bucket.index][0]), rows[-1:], bucket.sizes().to(alpha)]
+            row = [
+                rows * self._metric(bucket, shares[bucket.index][0]),
+                rows[-1:],
+                bucket.sizes().to(alpha) * (shares[bucket.index][0] > 0),
+            ]
             if self.check_sync:
                 row.append(
                     torch.stack([dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]).sum()[None].to(alpha)
@@ -347,13 +351,18 @@ class Elra(Groups):
         weights, reached, now = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
-        dots |= {"reached": self._of_cells(reached), "share": self._of_cells(now), "steps": self._of_cells([group["elra_steps"] for group in groups])}
+        dots |= {
+            "reached": self._of_cells(reached),
+            "share": self._of_cells(now),
+            "steps": self._of_cells([group["elra_steps"] for group in groups]),
+        }
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
-        present = next((group for group in groups if not self._absent(group)), groups[0])
+        there = [group for group in groups if not self._absent(group)] or groups
+        present = there[0]
         longest = present["elra_longest"]
-        moving = torch.stack([group["elra_multiplier"] for group in groups]).amax() > 0
+        moving = torch.stack([group["elra_multiplier"] for group in there]).amax() > 0
         exploded = exploded_norm(square, longest) & moving & self.direction.explodes
         # so that a step along the new gradient is no longer than one along the longest was
         shrink = torch.where(exploded, (longest / square).sqrt().clamp(max=self.restart_factor), self.restart_factor)

@@ -20,9 +20,9 @@ class P2Min:
     Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
 
     That is ``horizon=math.inf``. By default (ours) q is the slope of the loss along the way from the average of the iterates to
-    x_t in units of the steepest, ‖G_t‖, that is the cosine c_t of G_t with the way back, less what has settled or is not `reachable`:
-    α_t = α_{t-1} / (1 - c_t·horizon/(horizon + clock)), at most α_{t-1}·γ; and α_1 is such that the first step is `FIRST` of the
-    weights long, so that ``lr`` does not matter.
+    x_t in units of the steepest, ‖G_t‖: the cosine of G_t with the way back; see `heading`. The factor's exponent falls from 1 with
+    what has settled, horizon / (horizon + clock); and α_1 is such that the first step is `FIRST` of the weights long, so that
+    ``lr`` does not matter.
 
     Args:
         growth_limit: γ > 1, the largest factor in one step. There is no limit downwards.
@@ -30,7 +30,7 @@ class P2Min:
     """
 
     growth_limit: float = 2.0
-    horizon: float = 20.0
+    horizon: float = 10.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.growth_limit) and self.growth_limit > 1.0):
@@ -49,13 +49,13 @@ class P2Min:
         clock = memory["clock"]
         weight = dots["reached" if math.isinf(self.horizon) else "weight"]
         if math.isinf(self.horizon):
-            cos = cosine(dots["gp"], dots["gg"], dots["pp"])
+            cos, left = cosine(dots["gp"], dots["gg"], dots["pp"]), weight
             end, start = dots["gd"], dots["pd"]
         else:
-            heading_t, cos = heading(dots)
-            end, start = settling(clock, self.horizon) * heading_t, torch.ones_like(cos)
+            end, cos = heading(dots)
+            start, left = torch.ones_like(cos), weight * settling(clock, self.horizon)
             alpha = first_rate(alpha, dots)
         curvature = start - end  # ∝ 1 - q, without the division
         factor = torch.where(curvature > start / self.growth_limit, start / curvature, self.growth_limit)
         factor = torch.where(start > 0, factor, 1.0)
-        return Decision(alpha * factor.pow(weight), cos, {"clock": clock + weight})
+        return Decision(alpha * factor.pow(left), cos, {"clock": clock + weight})

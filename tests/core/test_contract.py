@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import elra_hf
 from elra_hf import Adam, C2Min, Elra, ElraAdamW, ElraC2Min, ElraP2Min, Momentum, P2Min, Tracking, rate
@@ -88,20 +87,19 @@ def loss_of_weights(weights):
 
 @every
 def test_no_host_synchronisation(cls):
-    """A fake tensor of an accelerator has no value: whoever asks for one, with item(), float() or if, raises."""
-    with FakeTensorMode():
-        params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((8, 6), (8,))]
-        optimizer = cls(params, weight_decay=0.1)
-        for step in range(3):
-            for p in params:
-                p.grad = torch.empty_like(p)
-            optimizer.step(loss=torch.empty((), device="cuda") if step == 2 else None)
-    assert isinstance(optimizer.param_groups[0]["alpha"], torch.Tensor)
+    """A meta tensor has no value: whoever asks for one, with item(), float() or if, raises."""
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((8, 6), (8,))]
+    optimizer = cls(params, weight_decay=0.1)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step(loss=torch.empty((), device="meta") if step == 2 else None)
+    assert optimizer.param_groups[0]["alpha"].device.type == "meta"
 
 
 def test_the_trace_would_notice_a_synchronisation():
-    with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
-        float(torch.randn(()))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(torch.empty((), device="meta"))
 
 
 @every
@@ -191,15 +189,14 @@ def test_parameters_without_a_gradient_in_some_steps(cls):
     assert torch.isfinite(flat(model)).all()
 
 
-@every
-def test_a_parameter_that_sat_out_is_not_measured(cls):
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_a_parameter_that_sat_out_is_not_measured_by_the_papers_rule(cls):
     """It did not move, so its gradient says nothing about the last step."""
     alphas = []
     for with_guest in (False, True):
         x = torch.ones(3, dtype=torch.float64, requires_grad=True)
         guest = torch.ones(3, dtype=torch.float64, requires_grad=True)
-        # high enough for a step to tell: until then it is compared with all weights, the guest's too
-        optimizer = cls([x, guest] if with_guest else [x], lr=3e-2)
+        optimizer = cls([x, guest] if with_guest else [x], lr=3e-2, horizon=math.inf)
         for t in range(6):
             x.grad = torch.tensor([0.3, -0.2, 0.1 * (-1) ** t], dtype=torch.float64)
             # present only in every other step, so never in two successive ones
@@ -246,7 +243,7 @@ def test_narrower_scopes_keep_rates_apart(cls, scope):
         y.grad = torch.tensor([1.0, 0.5, 0.2]) * (-1) ** t
         optimizer.step()
     first, second = optimizer.param_groups
-    assert first["alpha"] > 2e-3 > second["alpha"]
+    assert first["alpha"] > 2 * second["alpha"]
 
 
 @every
