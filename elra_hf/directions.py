@@ -252,11 +252,11 @@ def _is(flag: Any) -> Any:
 class Adam:
     """Adam's direction d_t = P_t^{-1} m̂_t in its own metric, P_t = diag(√v_t + ε). Source: arXiv 1412.6980; the weights ours.
 
-    Each square is weighed with the rate that it was met at: S_t = β2 S_{t-1} + η_t, v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}). At
-    a constant rate this is Adam with its bias correction; otherwise the squares that were met while the rate was
-    looked for, high up and at tiny rates, would stay in v for the whole of a short run.
-    Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry that
-    was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
+    Each square is weighed with the rate that it was met at: S_t = β2 S_{t-1} + η_t, v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}).
+    At a constant rate this is Adam with its bias correction; otherwise the squares that were met while the rate was looked
+    for, high up and at tiny rates, would stay in v for the whole of a short run.
+    Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry
+    that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
     State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
     of bfloat16, and a v kept there would never fall.
 

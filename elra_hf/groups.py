@@ -29,8 +29,9 @@ SCALARS = {
 }
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
-# What is no tensor, beside the optimizer's lr and what tells its checkpoints: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
-# positions that sat out the last step, calls of step() up to 1, public names that the group brought itself.
+# What is no tensor, beside the lr of the optimizer and what tells its checkpoints: the lr that all others refer to, the lr of
+# the group at the schedule's full rate and the highest seen, positions that sat out the last step, calls of step() up to 1,
+# public names that the group brought itself.
 PLAIN: dict[str, Any] = {
     "elra_base": None,
     "elra_full": None,
@@ -258,7 +259,8 @@ class Groups(Optimizer):
                 self.state[p]["elra"] = loaded["elra"].detach().clone()
             # peers of one age share their counters
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
-            fresh = {name: torch.tensor(n, dtype=torch.float32, device=p.device) for name, n in counts.items()}
+            dtype = torch.float64 if is_wide(p) else torch.float32
+            fresh = {name: torch.tensor(n, dtype=dtype, device=p.device) for name, n in counts.items()}
             self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
 
     def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:

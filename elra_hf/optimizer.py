@@ -66,11 +66,11 @@ class Elra(Groups):
     """Gradient descent whose rate adapts itself, from a direction and a rate rule. Source: arXiv 2309.06274.
 
     x_{t+1} = x_t - η_t d_t with η_t = α_t · share_t. The rule turns the inner products of the gradient with where the run comes
-    from into α_t. A scheduler that writes ``group["lr"]`` holds the rate down: share_t is lr over the highest lr of the group so
-    far, times the ratio of the group's lr to that of the optimizer. Every group shows the same public state, 0-dim tensors:
+    from into α_t. A scheduler that writes ``group["lr"]`` holds the rate down: share_t is lr over the highest lr of the group
+    so far, times the ratio of the group's lr to that of the optimizer. Every group shows the same public state, 0-dim tensors:
     ``group["alpha"]`` (α_t; under scope "tensor" the geometric mean of the group's), ``group["cos"]`` (the cosine the rule
-    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds) and ``group["effective_lr"]`` (η_t), unless the
-    group brings a key of that name. The state itself lies under names that begin with "elra_".
+    saw), ``group["restarts"]``, ``group["clamps"]`` (how often α met its bounds) and ``group["effective_lr"]`` (η_t), unless
+    the group brings a key of that name. The state itself lies under names that begin with "elra_".
 
     ``step()`` never waits for an accelerator. It issues no collective unless parameters are sharded; see `reduce`.
 
@@ -159,7 +159,7 @@ class Elra(Groups):
         Args:
             closure: evaluates the model and returns the loss; called once, first, with gradients enabled. What it returns is
                 handed through and not used, since the loss of one batch says little.
-            loss: the loss at x_t, a number equal on all ranks. Optional: with it, steps after which the loss exploded are undone.
+            loss: the loss at x_t, a number equal on all ranks. Optional: with it, steps are undone after which it exploded.
 
         Returns:
             What ``closure`` returned.
@@ -250,7 +250,8 @@ class Elra(Groups):
     ) -> None:
         """Create the state of a parameter; peers of one step share their counters."""
         state = self.state[p]
-        fresh = {name: torch.zeros((), dtype=torch.float32, device=p.device) for name in self.direction.counters}
+        dtype = torch.float64 if is_wide(p) else torch.float32
+        fresh = {name: torch.zeros((), dtype=dtype, device=p.device) for name in self.direction.counters}
         state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
             values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
@@ -348,12 +349,11 @@ class Elra(Groups):
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where((memory["scale"] == 0) & (entries > 0), typical, memory["scale"])
         memory["size"] = torch.where((memory["size"] == 0) & (entries > 0), size, memory["size"])
-        weights, reached, now = self._weights(shares)
+        weights, reached = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
         dots |= {
             "reached": self._of_cells(reached),
-            "share": self._of_cells(now),
             "steps": self._of_cells([group["elra_steps"] for group in groups]),
         }
         decision: Decision = self.rule(alpha, dots, memory)
@@ -382,21 +382,20 @@ class Elra(Groups):
         return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
 
     def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
-        """How much the last step of each group says about the schedule's full rate, the highest share so far, and the last one.
+        """How much the last step of each group says about the schedule's full rate, and the highest share so far.
 
-        All are in [0, 1], and 0 before there was a step. The first is the share that was reached in a warm-up, for α must not
+        Both are in [0, 1], and 0 before there was a step. The first is the share that was reached in a warm-up, for α must not
         undo it, and less in a decay: nothing below half of the highest share so far, since smaller steps make cosines rise, and
         answering would undo the decay. Under scope "global" those of the group that has most.
         """
         found = []
         for group, (full, _) in zip(self.param_groups, shares, strict=True):
             multiplier, peak = group["elra_multiplier"], group["elra_peak"]
-            last, highest = ((value / full).clamp(max=1.0) for value in (multiplier, peak))
-            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * last
-            found.append(torch.stack([weight, highest, last]).nan_to_num(0.0))
+            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
+            found.append(torch.stack([weight, (peak / full).clamp(max=1.0)]).nan_to_num(0.0))
         if self.scope == "global":
             found = [torch.stack(found).amax(0)] * len(found)
-        return tuple([row[i] for row in found] for i in range(3))
+        return [row[0] for row in found], [row[1] for row in found]
 
     # ---- update -----------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ def exploded_norm(square: Tensor, longest: Tensor) -> Tensor:
 def exploded_loss(value: Tensor, mean: Tensor, spread: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Whether the loss is beyond what a step may do, and mean, spread and their number of losses after it.
 
-    They forget, and start anew at an explosion, so that no two steps in a row are refused, and a run that goes on with other data
-    learns what its losses are.
+    They forget, and start anew at an explosion, so that no two steps in a row are refused, and a run that goes on with other
+    data learns what its losses are.
     """
     finite = torch.isfinite(value)
     limit = mean + LOSS_EXPLOSION * torch.maximum(spread, mean.abs())

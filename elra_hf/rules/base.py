@@ -1,10 +1,11 @@
 """What `Elra` asks of a rate rule, and what rules share.
 
 A rule is a pure function of tensors with one entry a cell of the scope, and knows nothing of parameters. The inner products
-are named by two letters: g the gradient G_t, s the way back to the average of the iterates, x̄_t - x_t; for the paper's rules
-also p the gradient G_{t-1} and d the direction moved along in step t-1. They are taken in the metric of the direction; see
-`directions`. Beside them a rule gets ``weight``, how much a step says about the schedule's full rate, in [0, 1]; ``share`` of that rate that the last step had; ``steps``,
-those taken so far; and of the weights at the start ``scale``, the typical size of one, and ``size``, the sum of their squares.
+are named by two letters: g the gradient G_t, m the momentum, s the way back to the average of the iterates, x̄_t - x_t; for the
+paper's rules also p the gradient G_{t-1} and d the direction moved along in step t-1. They are taken in the metric of the
+direction; see `directions`. Beside them a rule gets ``weight``, how much a step says about the schedule's full rate, and
+``reached``, the highest share of it so far, both in [0, 1]; ``steps``, those taken so far; and of the weights at the start
+``scale``, the typical size of one, and ``size``, the sum of their squares.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def heading(dots: Dots) -> tuple[Tensor, Tensor]:
     The signal is c_t, unless the loss clearly falls along the momentum that x moves with: then steps are too short, whatever
     lies behind. Otherwise a rate that has fallen after an overshoot would hold x where it is, c_t would stay negative, and the
     rate would fall for ever. With u the cosine of G_t with the momentum, where that is positive, and c_t negative, it is
-    (1 - u) c_t + u²; in noise u is near 0.
+    (1 - u - u²) c_t: as much, with the other sign, where x goes straight; in noise u is near 0.
     """
     cos = cosine(dots["gs"], dots["gg"], dots["ss"])
     on = cosine(dots["gm"], dots["gg"], dots["mm"]).clamp(min=0.0)
-    return torch.where(cos < 0, (1.0 - on) * cos + on * on, cos), cos
+    return torch.where(cos < 0, cos * (1.0 - on - on * on), cos), cos

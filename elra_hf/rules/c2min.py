@@ -15,9 +15,9 @@ from .base import Decision, Dots, Memory, check_gain, check_positive, cosine, fi
 class C2Min:
     """α_t = α_{t-1} (1 + gain·signal_t), at most ±gain a step. Source: arXiv 2309.06274, c2min; the default's signal is ours.
 
-    By default signal_t = w_t·r_t·c_t·horizon/(horizon + clock), where c_t is the cosine of G_t with the way back to the average of
-    the iterates and the clock counts the steps by their weights w_t; and α_1 is such that the first step is `FIRST` of the
-    weights long, so that ``lr`` does not matter.
+    By default signal_t = w_t·c_t·horizon/(horizon + clock), where c_t is the cosine of G_t with the way back to the average
+    of the iterates (see `heading`) and the clock counts the steps by their weights w_t; and α_1 is such that the first step
+    is `FIRST` of the weights long, so that ``lr`` does not matter.
     With ``horizon=math.inf`` the paper's rule: signal_t = w_t·c_t, with the cosine of successive gradients, and α_1 = lr.
 
     Args:

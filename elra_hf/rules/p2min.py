@@ -20,9 +20,9 @@ class P2Min:
     Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
 
     That is ``horizon=math.inf``. By default (ours) q is the slope of the loss along the way from the average of the iterates to
-    x_t in units of the steepest, ‖G_t‖: the cosine of G_t with the way back; see `heading`. The factor's exponent falls from 1 with
-    what has settled, horizon / (horizon + clock); and α_1 is such that the first step is `FIRST` of the weights long, so that
-    ``lr`` does not matter.
+    x_t in units of the steepest, ‖G_t‖: the cosine of G_t with the way back; see `heading`. The factor's exponent falls from 1
+    as horizon / (horizon + clock), where the clock counts the steps by their weights; and α_1 is such that the first step is
+    `FIRST` of the weights long, so that ``lr`` does not matter.
 
     Args:
         growth_limit: γ > 1, the largest factor in one step. There is no limit downwards.

@@ -20,8 +20,8 @@ class Tracking:
     the best rate, all run long: where it is positive the whole way behind was too short, since the loss still falls along it.
 
     Where the loss clearly falls along the momentum that x moves with, that outvotes a negative c_t; see `heading`.
-    g_t = max(gain, early_gain·horizon / (horizon + clock)), where the clock is the sum of the weights w_t: a young run looks for
-    its rate, an old one only follows it. exp has no downward drift under a cosine that is noise around 0; 1 + g·c has.
+    g_t = max(gain, early_gain·horizon / (horizon + clock)), where the clock is the sum of the weights w_t: a young run looks
+    for its rate, an old one only follows it. exp has no downward drift under a cosine that is noise around 0; 1 + g·c has.
 
     Args:
         gain: change of log α for a cosine of one, once settled, > 0.

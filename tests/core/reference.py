@@ -1,4 +1,4 @@
-"""c2min, p2min and tracked Adam in plain NumPy, float64, written from the formulas and from nothing else.
+"""c2min, p2min, the paper's and by the average, and tracked Adam in plain NumPy, float64, from the formulas alone.
 
 Each takes a function t, x -> gradient and returns the visited x and the rates, so that it serves both a recorded
 sequence of gradients and a closed loop.
@@ -21,90 +21,110 @@ def constant(t: int) -> float:
     return 1.0
 
 
-def momentum_method(
-    factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, horizon: float, schedule=constant, parts=2
-):
-    """x, α of a method with quasi-hyperbolic momentum; ``factor(g, g_prev, d_prev, left, short)`` is its rule.
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return a @ b / norms if norms else 0.0
 
-    ``left`` is the share of it that is left, ``short`` whether no step has been 0.003 of x_1 long, or 0.1 of one of its
-    ``parts`` that did not start at 0, had it been along G_1. Step t moves α·``schedule(t)``, ≤ α.
-    """
+
+def heading(c: float, along: float) -> float:
+    """The cosine with the way back, unless the loss falls along the momentum."""
+    u = max(along, 0.0)
+    return c if c >= 0 else (1 - u - u * u) * c
+
+
+def weight_of(shares: list[float]) -> float:
+    """How much the last of the steps, whose shares of the full rate these are, says."""
+    return max(2 * shares[-1] / max(shares) - 1, 0) * shares[-1] if shares and max(shares) else 0.0
+
+
+def papers_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, schedule=constant):
+    """x, α of a method with quasi-hyperbolic momentum and the paper's memory; ``factor(g, g_prev, d_prev)`` is its rule."""
     beta1, beta2 = betas
     x, alpha = np.array(x0, dtype=np.float64), alpha0
     g_prev = m = d_prev = None
-    overshoots, trend, longest, straight, share, peak = 0.0, 1.0, 0.0, 0.0, 0.0, 0.0
+    longest, share, peak = 0.0, 0.0, 0.0
     xs, alphas = [], []
-    long_enough = 0.0
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         size = np.linalg.norm(g)
-        if t == 1:
-            long_enough = 3e-3 * np.linalg.norm(x[g != 0])
-            for one in np.array_split(np.arange(len(x)), parts):
-                start, part = np.linalg.norm(x[one][g[one] != 0]), np.linalg.norm(g[one])
-                if start > 0 and part > 0:
-                    long_enough = min(long_enough, 0.1 * start * size / part)
-        longer = size if g_prev is None else max(size, np.linalg.norm(g_prev))
-        short = alpha * np.sqrt(share) * longer < long_enough and np.isfinite(horizon)
         if g_prev is not None and size > 10.0 * longest:
             x = x + alpha * share * d_prev
             alpha = clamp(alpha * min(1 / 3, longest / size))
-            g_prev, overshoots, trend, share = None, 0.0, 1.0, 0.0
+            g_prev, share = None, 0.0
         else:
-            if g_prev is not None and share > 0 and not short:
-                trend = 0.8 * trend + 0.2 * np.sign(g @ d_prev)
-            if trend > 0.95:
-                straight = max(straight, size)
-            if np.isfinite(horizon):
-                g = g * min(1.0, 2 * straight / size)
             if g_prev is None:
                 m = d = g
             else:
-                turned = g @ g_prev < -0.95 * np.linalg.norm(g) * np.linalg.norm(g_prev)
-                sure = turned and (trend < -0.95 or size > 2 * longest)
-                left = peak if sure else peak / (1 + overshoots / horizon)
-                alpha = clamp(alpha * factor(g, g_prev, d_prev, left, short))
-                overshoots = overshoots + peak if trend < 0 else overshoots if trend < 0.95 else 0.0
+                alpha = clamp(alpha * factor(g, g_prev, d_prev, peak))
                 m = beta1 * m + (1 - beta1) * g_prev
                 d = (1 - beta2) * g + beta2 * m
             share = schedule(t)
             peak = max(peak, share)
             x = x - alpha * share * d
             g_prev, d_prev = g, d
-            long_enough = long_enough if short else 0.0
             longest = max(np.sqrt(0.98) * longest, size)
         xs.append(x.copy())
         alphas.append(alpha)
     return np.array(xs), np.array(alphas)
 
 
-def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=2.0, **run):
-    def factor(g, g_prev, d_prev, left, short):
-        c = g @ g_prev / (np.linalg.norm(g) * np.linalg.norm(g_prev))
-        if short:
-            c = 1.0
-        return 1 + left * (gain[0] if c < 0 else gain[1]) * c
+def average_method(factor, gradient: Gradient, x0, steps: int, betas, schedule=constant):
+    """The same momentum; ``factor(signal, clock, weight)`` is the rule, and the average of the iterates its memory."""
+    beta1, beta2 = betas
+    x = np.array(x0, dtype=np.float64)
+    iterates, shares, m, alpha, clock, longest = [x.copy()], [], None, None, 0.0, 0.0
+    xs, alphas = [], []
+    for t in range(1, steps + 1):
+        g = np.asarray(gradient(t - 1, x), dtype=np.float64)
+        size = np.linalg.norm(g)
+        if alpha is None:
+            alpha = clamp(0.003 * np.linalg.norm(x) / size)
+        if shares and shares[-1] > 0 and size > 10.0 * longest:
+            x = np.mean(iterates, axis=0)
+            alpha = clamp(alpha * min(1 / 3, longest / size))
+            iterates, m = [x.copy()], None
+            shares.append(0.0)
+        else:
+            if shares:
+                way = np.mean(iterates, axis=0) - x
+                w = weight_of(shares)
+                along = cosine(g, m) if m is not None and beta2 else 0.0
+                alpha = clamp(alpha * factor(heading(cosine(g, way), along), clock, w))
+                clock += w
+            m = g if m is None else m
+            d = (1 - beta2) * g + beta2 * m
+            m = beta1 * m + (1 - beta1) * g
+            shares.append(schedule(t))
+            x = x - alpha * shares[-1] * d
+            iterates.append(x.copy())
+            longest = max(np.sqrt(0.98) * longest, size)
+        xs.append(x.copy())
+        alphas.append(alpha)
+    return np.array(xs), np.array(alphas)
 
-    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, **run)
+
+def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.5, 0.5), horizon=20.0, schedule=constant):
+    def signed(signal):
+        return 1 + (gain[0] if signal < 0 else gain[1]) * signal
+
+    if np.isinf(horizon):
+        return papers_method(lambda g, p, d, share: signed(share * cosine(g, p)), gradient, x0, steps, alpha0, betas, schedule)
+    return average_method(lambda c, clock, w: signed(w * c * horizon / (horizon + clock)), gradient, x0, steps, betas, schedule)
 
 
-def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=1.0, **run):
-    def factor(g, g_prev, d_prev, left, short):
+def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=10.0, schedule=constant):
+    def parabola(q):
+        return 1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit
+
+    def papers(g, g_prev, d_prev, share):
         start, end = g_prev @ d_prev, g @ d_prev
-        if short:
-            return growth_limit**left
-        if start <= 0:
-            return 1.0
-        q = end / start
-        factor = 1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit
-        return factor**left
+        return 1.0 if start <= 0 else parabola(end / start) ** share
 
-    return momentum_method(factor, gradient, x0, steps, alpha0, betas, horizon, **run)
-
-
-def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """The lowest value such that those up to it have half of the weight."""
-    return min(v for v in values if weights[values <= v].sum() >= weights.sum() / 2)
+    if np.isinf(horizon):
+        return papers_method(papers, gradient, x0, steps, alpha0, betas, schedule)
+    return average_method(
+        lambda c, clock, w: parabola(c) ** (w * horizon / (horizon + clock)), gradient, x0, steps, betas, schedule
+    )
 
 
 def adamw(
@@ -114,39 +134,32 @@ def adamw(
     alpha0: float = 1e-5,
     betas=(0.9, 0.999),
     eps: float = 1e-8,
-    parts: int | list[int] = 2,
     schedule: Callable[[int], float] = constant,
 ):
-    """The vector is cut into ``parts`` tensors, or at these places; each has a vote. Step t moves α·``schedule(t)``, ≤ α."""
+    """Step t moves α·``schedule(t)``, ≤ α."""
     beta1, beta2 = betas
-    x, scale = np.array(x0, dtype=np.float64), np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
-    tensors = np.array_split(np.arange(len(x)), parts)
-    alpha, clock, share, peak = 0.005 * scale, 0.0, 0.0, 0.0
-    m, v, d, precondition = np.zeros_like(x), np.zeros_like(x), None, None
+    x = np.array(x0, dtype=np.float64)
+    alpha = 0.005 * np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
+    iterates, shares, clock, total = [x.copy()], [], 0.0, 0.0
+    m, v, rate = np.zeros_like(x), np.zeros_like(x), 0.0
     xs, alphas = [], []
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
-        if d is not None:
-            votes, weights = [], []
-            for i in tensors:
-                norms = np.sqrt(g[i] @ (g[i] / precondition[i])) * np.sqrt(d[i] @ (precondition[i] * d[i]))
-                votes.append(g[i] @ d[i] / norms if norms else 0.0)
-                weights.append(np.sqrt(len(i)) if norms else 0.0)
-            strengths = np.array([np.mean(g[i] ** 2 / precondition[i]) for i in tensors])
-            weights = np.where(strengths > np.finfo(float).eps * strengths.max(), weights, 0.0)
-            young = 10 / (10 + clock)
-            gain, target = 1.0 * young + 0.03 * (1 - young), -0.03 * (1 - young)
-            weight = max(2 * share / peak - 1, 0) * share
-            c = weighted_median(np.array(votes), weights)
-            alpha = clamp(min(alpha * np.exp(gain * weight * (c - target)), 0.5 * scale))
-            clock += weight
-        share = schedule(t)
-        peak = max(peak, share)
+        if shares:
+            seen = v + rate / (beta2 * total + rate) * (g * g - v)
+            root = np.sqrt(np.sqrt(seen) + eps)  # cosines in the metric are those of g / root and way · root
+            way = np.mean(iterates, axis=0) - x
+            signal = heading(cosine(g / root, way * root), cosine(g / root, m / root))
+            w = weight_of(shares)
+            alpha = clamp(alpha * np.exp(max(0.03, 10 / (10 + clock)) * w * signal))
+            clock += w
+        shares.append(schedule(t))
+        rate = alpha * shares[-1]
+        total = beta2 * total + rate
         m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g * g
-        precondition = np.sqrt(v / (1 - beta2**t)) + eps
-        d = m / (1 - beta1**t) / precondition
-        x = x - alpha * share * d
+        v = v + rate / total * (g * g - v)
+        x = x - rate * m / (1 - beta1**t) / (np.sqrt(v) + eps)
+        iterates.append(x.copy())
         xs.append(x.copy())
         alphas.append(alpha)
     return np.array(xs), np.array(alphas)

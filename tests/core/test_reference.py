@@ -22,7 +22,6 @@ METHODS = {
     "p2min-scheduled": (ElraP2Min, ref.p2min, SCHEDULE),
     "p2min-plain": (ElraP2Min, ref.p2min, {"betas": (0.0, 0.0)}),
     "adamw": (ElraAdamW, ref.adamw, {}),
-    "adamw-uneven": (ElraAdamW, ref.adamw, {"parts": [1, 3]}),  # tensors whose votes do not weigh the same
     "adamw-scheduled": (ElraAdamW, ref.adamw, SCHEDULE),
 }
 X0 = {
@@ -42,16 +41,15 @@ GRADIENTS = {
 
 
 def run(cls, options, gradient, x0, steps, dtype):
-    """Drive ``cls`` with given gradients, the vector cut into two parameters or at ``parts``; x and α of every step."""
-    parts = options.get("parts", 2)
-    params = [torch.tensor(part, dtype=dtype, requires_grad=True) for part in np.array_split(x0, parts)]
-    optimizer = cls(params, **{name: value for name, value in options.items() if name not in ("schedule", "parts")})
+    """Drive ``cls`` with given gradients, the vector cut into two parameters; x and α of every step."""
+    params = [torch.tensor(part, dtype=dtype, requires_grad=True) for part in np.array_split(x0, 2)]
+    optimizer = cls(params, **{name: value for name, value in options.items() if name != "schedule"})
     schedule = options.get("schedule", ref.constant)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda taken: schedule(taken + 1))
     xs, alphas = [], []
     for t in range(steps):
         g = gradient(t, np.concatenate([p.detach().double().numpy() for p in params]))
-        for p, part in zip(params, np.array_split(g, parts), strict=True):
+        for p, part in zip(params, np.array_split(g, 2), strict=True):
             p.grad = torch.tensor(part, dtype=dtype)
         optimizer.step()
         scheduler.step()
