@@ -30,7 +30,7 @@ SCALARS = {
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
 # What is no tensor: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
-# positions that sat out the last step, calls of step() up to 1.
+# positions that sat out the last step, calls of step() up to 1; and which names of PUBLIC are ours, blanks between.
 PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
 
 
@@ -86,6 +86,8 @@ class Groups(Optimizer):
                 raise ValueError(f"{name}={group[name]!r} is invalid: give a finite number >= 0")
         unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names", "name"}
         for name in sorted(unknown & {"gain", "growth_limit", "horizon", "scope", "bounds", "restart_factor"}):
+            if group[name] == getattr(self, name, getattr(self.rule, name, None)):
+                continue  # ZeroRedundancyOptimizer copies what it was given for the optimizer into every group
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group is not supported: the rate rule is one for all groups; "
                 f"pass {name} to the optimizer"
@@ -95,25 +97,24 @@ class Groups(Optimizer):
     def _fill_group(self, group: dict[str, Any]) -> None:
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
-        dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
-        for name, value in {**PLAIN, "elra_kind": self._kind}.items():
+        ours = " ".join(name for name in PUBLIC if name not in group)
+        for name, value in {**PLAIN, "elra_kind": self._kind, "elra_shown": ours}.items():
             group.setdefault(name, value)
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
             value = group.get(key)
             if value is None and name != "multiplier":  # the last move of a late group has no length
                 value = first.get(key)
-            # "cpu", whatever the default device is: the step brings it to the parameters'
-            value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")
+            # whatever the default device is; the step brings it to what all parameters call for, not those of this group alone
+            value = torch.tensor(start if value is None else float(value), dtype=torch.float64, device="cpu")
             if not isinstance(group.get(key), Tensor):
                 group[key] = value
         self._show(group)
 
     def _show(self, group: dict[str, Any]) -> None:
         """Publish what users read, unless the group brought a key of that name."""
-        for name in PUBLIC:
-            if name not in group or isinstance(group[name], Tensor):
-                group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
+        for name in group["elra_shown"].split():
+            group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
 
     @staticmethod
     def _effective(group: dict[str, Any]) -> Tensor:
@@ -171,13 +172,14 @@ class Groups(Optimizer):
     # ---- saving and loading -----------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but ``process_group``, which does not pickle: pass it again where it is needed."""
+        """Everything but ``process_group`` and what goes with it, which does not pickle: pass it again where it is needed."""
         own = ("direction", "rule", "scope", "bounds", "restart_factor", "check_sync")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("dealt", None)
         self.__dict__.setdefault("check_sync", False)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -192,7 +194,7 @@ class Groups(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            own = {name for name in group if name.startswith("elra_") or name in PUBLIC}
+            own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
         for key, state in state_dict["state"].items():
             state_dict["state"][key] = {
@@ -208,9 +210,11 @@ class Groups(Optimizer):
         """
         seen: dict[str, Any] = {}
 
-        def look(_: Optimizer, given: dict[str, Any]) -> None:
-            seen.update(given)  # after all other hooks, which may hand over another dictionary
-            self._refuse_foreign(given)
+        def look(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            # after all other hooks, which may hand over another dictionary
+            seen.update(given, param_groups=self._mended(given["param_groups"]))
+            self._refuse_foreign(seen)
+            return seen
 
         handle = self.register_load_state_dict_pre_hook(look)
         try:
@@ -237,6 +241,20 @@ class Groups(Optimizer):
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
             fresh = {name: torch.tensor(n, dtype=torch.float32, device=p.device) for name, n in counts.items()}
             self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
+
+    def _mended(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``groups`` of a checkpoint, those without parameters made whole: what they hold gets lost on torch's way."""
+        full = next((group for group in groups if group["params"]), None)
+        if full is None or len(groups) != len(self.param_groups):
+            return groups
+        names = {"kind", "base", "calls"}
+        if self.scope == "global":  # all have one rate, and the step reads it from the first
+            names |= {"alpha", *self._scalars} - {"multiplier", "peak"}
+        common = {key: full[key] for name in names if (key := f"elra_{name}") in full}
+        return [
+            group if group["params"] else {**own, **group, **common}
+            for group, own in zip(groups, self.param_groups, strict=True)
+        ]
 
     def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:
         """What parameters have in common that count together: a group, as ZeRO steps groups apart, and a rate."""

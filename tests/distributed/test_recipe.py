@@ -1,7 +1,6 @@
 """The recipe under torchrun and under `accelerate launch`, with 2 processes, against one with batches twice as large."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -73,7 +72,7 @@ def test_two_processes_equal_one(launcher, options, alone, tmp_path):
 def test_the_recipe_names_every_config():
     """And every config the recipe, whose files they are."""
     readme = (ROOT / "recipes/text_classification/README.md").read_text()
-    for name in os.listdir(ROOT / "recipes/configs"):
+    for name in (each.name for each in (ROOT / "recipes/configs").glob("*.yaml")):
         command = f"accelerate launch --config_file recipes/configs/{name} -m {RECIPE}"
         assert command in readme
         assert command in (ROOT / "recipes/configs" / name).read_text()
