@@ -76,7 +76,7 @@ def batch(step: int, model: Any, dtype: torch.dtype = torch.float64) -> tuple[Te
     x = torch.randn(BATCH, model.inputs, generator=generator, dtype=torch.float64)
     y = torch.sin(2 * x[:, : model.outputs]) + 0.3 * torch.randn(BATCH, model.outputs, generator=generator, dtype=torch.float64)
     if step == FAR:
-        y = 6 * y
+        y = 60 * y
     return x.to(dtype), y.to(dtype)
 
 
