@@ -74,6 +74,13 @@ def _trainer(module: ModuleType) -> None:
     add_optimizers(module)
 
 
+@wrapt.when_imported("torch.distributed.optim.zero_redundancy_optimizer")
+def _dealt(module: ModuleType) -> None:
+    from .adapters.zero_redundancy import join_rates
+
+    join_rates(module)
+
+
 @wrapt.when_imported("lightning.pytorch.cli")
 @wrapt.when_imported("pytorch_lightning.cli")
 def _cli(module: ModuleType) -> None:

@@ -29,17 +29,10 @@ SCALARS = {
 }
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
-# What is no tensor, beside the lr of the optimizer and what tells its checkpoints: the lr that all others refer to, the lr of
-# the group at the schedule's full rate and the highest seen, positions that sat out the last step, calls of step() up to 1,
-# public names that the group brought itself.
-PLAIN: dict[str, Any] = {
-    "elra_base": None,
-    "elra_full": None,
-    "elra_top": None,
-    "elra_idle": "",
-    "elra_calls": 0,
-    "elra_foreign": "",
-}
+# What is no tensor, beside the lr of the optimizer, what tells its checkpoints and which names of PUBLIC are ours: the lr that
+# all others refer to, the lr of the group at the schedule's full rate and the highest seen, positions that sat out the last
+# step, calls of step() up to 1.
+PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
 
 
 def is_wide(param: Tensor) -> bool:
@@ -86,7 +79,6 @@ class Groups(Optimizer):
         }
         super().add_param_group({name: value for name, value in param_group.items() if name not in mine})
         group = self.param_groups[-1]
-        group["elra_foreign"] = " ".join(sorted(set(PUBLIC) & set(group)))
         try:
             self._check_group(group)
         except ValueError:
@@ -101,6 +93,8 @@ class Groups(Optimizer):
                 raise ValueError(f"{name}={group[name]!r} is invalid: give a finite number >= 0")
         unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names", "name"}
         for name in sorted(unknown & {"gain", "growth_limit", "horizon", "scope", "bounds", "restart_factor"}):
+            if group[name] == getattr(self, name, getattr(self.rule, name, None)):
+                continue  # ZeroRedundancyOptimizer copies what it was given for the optimizer into every group
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group is not supported: the rate rule is one for all groups; "
                 f"pass {name} to the optimizer"
@@ -110,29 +104,25 @@ class Groups(Optimizer):
     def _fill_group(self, group: dict[str, Any]) -> None:
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
-        dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
-        for name, value in {
-            **PLAIN,
-            "elra_kind": self._kind,
-            "elra_lr": first.get("elra_lr", float(self.defaults["lr"])),
-        }.items():
+        ours = " ".join(name for name in PUBLIC if name not in group)
+        lr = first.get("elra_lr", float(self.defaults["lr"]))
+        for name, value in {**PLAIN, "elra_kind": self._kind, "elra_shown": ours, "elra_lr": lr}.items():
             group.setdefault(name, value)
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
             value = group.get(key)
             if value is None and name != "multiplier":  # the last move of a late group has no length
                 value = first.get(key)
-            # "cpu", whatever the default device is: the step brings it to the parameters'
-            value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")
+            # whatever the default device is; the step brings it to what all parameters call for, not those of this group alone
+            value = torch.tensor(start if value is None else float(value), dtype=torch.float64, device="cpu")
             if not isinstance(group.get(key), Tensor):
                 group[key] = value
         self._show(group)
 
     def _show(self, group: dict[str, Any]) -> None:
-        """Publish what users read, unless the group brought a key of that name, or a wrapper has put a number there."""
-        for name in set(PUBLIC) - set(group["elra_foreign"].split()):
-            if isinstance(group.get(name, group["elra_alpha"]), Tensor):
-                group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
+        """Publish what users read, unless the group brought a key of that name."""
+        for name in group["elra_shown"].split():
+            group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
 
     @staticmethod
     def _effective(group: dict[str, Any]) -> Tensor:
@@ -193,20 +183,19 @@ class Groups(Optimizer):
     # ---- saving and loading -----------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but ``process_group``, which does not pickle: pass it again where it is needed."""
+        """Everything but ``process_group`` and what goes with it, which does not pickle: pass it again where it is needed."""
         own = ("direction", "rule", "scope", "bounds", "restart_factor", "check_sync")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("dealt", None)
         self.__dict__.setdefault("check_sync", False)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
                     group.setdefault(name, value)
-            for name in set(PUBLIC) - set(group.get("elra_foreign", "").split()):
-                group.pop(name, None)  # a checkpoint holds numbers
             self._fill_group(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,7 +205,7 @@ class Groups(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            own = {name for name in group if name.startswith("elra_") or name in PUBLIC}
+            own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
         for key, state in state_dict["state"].items():
             state_dict["state"][key] = {
@@ -232,9 +221,11 @@ class Groups(Optimizer):
         """
         seen: dict[str, Any] = {}
 
-        def look(_: Optimizer, given: dict[str, Any]) -> None:
-            seen.update(given)  # after all other hooks, which may hand over another dictionary
-            self._refuse_foreign(given)
+        def look(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            # after all other hooks, which may hand over another dictionary
+            seen.update(given, param_groups=self._mended(given["param_groups"]))
+            self._refuse_foreign(seen)
+            return seen
 
         handle = self.register_load_state_dict_pre_hook(look)
         try:
@@ -262,6 +253,20 @@ class Groups(Optimizer):
             dtype = torch.float64 if is_wide(p) else torch.float32
             fresh = {name: torch.tensor(n, dtype=dtype, device=p.device) for name, n in counts.items()}
             self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
+
+    def _mended(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``groups`` of a checkpoint, those without parameters made whole: what they hold gets lost on torch's way."""
+        full = next((group for group in groups if group["params"]), None)
+        if full is None or len(groups) != len(self.param_groups):
+            return groups
+        names = {"kind", "base", "calls"}
+        if self.scope == "global":  # all have one rate, and the step reads it from the first
+            names |= {"alpha", *self._scalars} - {"multiplier", "peak"}
+        common = {key: full[key] for name in names if (key := f"elra_{name}") in full}
+        return [
+            group if group["params"] else {**own, **group, **common}
+            for group, own in zip(groups, self.param_groups, strict=True)
+        ]
 
     def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:
         """What parameters have in common that count together: a group, as ZeRO steps groups apart, and a rate."""

@@ -138,6 +138,8 @@ class Elra(Groups):
         self.restart_factor = float(restart_factor)
         self.process_group = process_group
         self.check_sync = check_sync
+        # one of the parameters, where whole ones are dealt out over process_group, so that a rank may hold none
+        self.dealt: Tensor | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -172,16 +174,16 @@ class Elra(Groups):
             with torch.enable_grad():
                 result = closure()
         params = [p for group in self.param_groups for p in group["params"]]
-        ranks = groups_of(params, self.process_group)
+        ranks = self._ranks(params)
         buckets = self._gather(ranks)
         self._require_all(params)
-        if buckets or any(ranks) or self.check_sync:
+        if buckets or any(ranks) or self.check_sync or self.dealt is not None:
             shares = self._enter(params, buckets)
             before = self._recall(params)
             parts = self._measure(buckets, ranks, shares, before)
             total = all_sum(parts)
             verdict = self._decide(total, before, shares, loss)
-            if self.check_sync:
+            if self.check_sync and not self._apart:
                 # also of what is whole on every rank, since the sum takes that from one rank only
                 seen = torch.stack([total, parts.get((), total)])
                 n = len(self._needs)
@@ -192,6 +194,19 @@ class Elra(Groups):
         return result
 
     # ---- gather -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _apart(self) -> bool:
+        """Whether each rank alone knows the rates of its parameters."""
+        return self.dealt is not None and self.scope == "tensor"
+
+    def _ranks(self, params: list[Tensor]) -> list[Ranks]:
+        """The groups of ranks that hold the rest of each parameter, or of all of them where they are dealt out."""
+        if self.dealt is None:
+            return groups_of(params, self.process_group)
+        alone = self._apart or dist.get_world_size(self.process_group) == 1
+        others: Ranks = () if alone or self.process_group is None else (self.process_group,)
+        return [others] * max(len(params), 1)  # a rank without parameters enters the sum, too
 
     def _gather(self, ranks: list[Ranks]) -> list[Bucket]:
         """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
@@ -266,7 +281,7 @@ class Elra(Groups):
 
     def _absent(self, group: dict[str, Any]) -> bool:
         """Whether the step leaves a group alone: ZeRO-3 empties all but the one whose turn it is."""
-        return not group["params"] and self.scope != "global"
+        return not group["params"] and self.scope != "global" and self.dealt is None
 
     def _require_all(self, params: list[Tensor]) -> None:
         """Refuse to share a rate between parameters that never meet in one step."""
@@ -280,12 +295,14 @@ class Elra(Groups):
 
     def _enter(self, params: list[Tensor], buckets: list[Bucket]) -> list[tuple[Tensor, Tensor]]:
         """Bring the groups' numbers to the device of the step; return full and present share of each group there."""
+        if not params and self.dealt is not None:
+            params = [self.dealt]
         device = buckets[0].params[0].device if buckets else local(params[0]).device
         dtype = torch.float64 if any(map(is_wide, params)) else torch.float32
-        shares = self._shares()
         for group in self.param_groups:
-            for name in ("alpha", *self._scalars):
-                group[f"elra_{name}"] = group[f"elra_{name}"].to(device, dtype)
+            for name in ("alpha", *self._scalars):  # numbers, where a wrapper has loaded them past load_state_dict
+                group[f"elra_{name}"] = torch.as_tensor(group[f"elra_{name}"], device=device, dtype=dtype)
+        shares = self._shares()
         zero = torch.zeros((), device=device, dtype=dtype)
         return [(zero + full, zero + now) for full, now in shares]
 
@@ -344,6 +361,8 @@ class Elra(Groups):
         """Let the rule adapt the rates; restart, or bound them."""
         needs, alpha, groups = self._needs, before["alpha"], self.param_groups
         square = total[:, len(needs)].sum()
+        if self._apart:
+            dist.all_reduce(square, group=self.process_group)  # all restart, or none
         memory = {name: before[name] for name in self._cell_names}
         logs, count, fans, entries, size = total[:, len(needs) + 1 : len(needs) + 1 + SIZES].unbind(1)
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
@@ -426,7 +445,7 @@ class Elra(Groups):
         """α and what else the cells keep, by name, each of shape (cells,)."""
         names = ["alpha", *self._cell_names]
         of_groups = {name: self._of_cells([group[f"elra_{name}"] for group in self.param_groups]) for name in names}
-        if self.scope != "tensor":
+        if self.scope != "tensor" or not params:
             return of_groups
         common = torch.stack(list(of_groups.values()), 1)
         rows = [self.state[p]["elra"].to(row) if self.state.get(p) else row for p, row in zip(params, common, strict=True)]
@@ -447,7 +466,9 @@ class Elra(Groups):
         for index, (group, (_, now)) in enumerate(zip(self.param_groups, shares, strict=True)):
             if self._absent(group):
                 continue
-            if self.scope == "tensor":
+            if self.scope == "tensor" and not group["params"]:
+                own, seen = {}, group["elra_cos"]
+            elif self.scope == "tensor":
                 stop = start + len(group["params"])
                 rows = torch.stack([value[start:stop] for value in cells.values()], 1)
                 for p, row in zip(params[start:stop], rows.unbind(), strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from .harness import launch, run, shared
-from .setups import SETUPS, VARIANTS, alone, hurdle, tensors_unseen, train_alone
+from .setups import SETUPS, VARIANTS, train_alone
 
 
 @pytest.fixture
@@ -68,17 +68,6 @@ def test_skipped_step_teaches_nothing(results):
     assert first[3] == first[2]
     assert first[4] != first[3]
     assert results("scaler: restarts") == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("name", ["DDP", "FSDP2", "TP"])
-def test_a_small_tensor_is_as_small_where_it_is_cut(name, results):
-    assert results(f"hurdles: {name}") == [pytest.approx(hurdle(alone), rel=1e-9)] * 2
-
-
-def test_of_slices_only_the_whole_is_known(results):
-    with tensors_unseen():
-        truth = hurdle(alone)
-    assert results("hurdles: FSDP1 FULL_SHARD") == [pytest.approx(truth, rel=1e-9)] * 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

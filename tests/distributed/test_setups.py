@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .harness import shared
-from .setups import SETUPS, VARIANTS, train_alone
+from .setups import FAR, SETUPS, VARIANTS, train_alone
 
 SHARDED = [(name, wrong) for name, setup in SETUPS.items() for wrong in setup.wrong]
 
@@ -53,6 +53,13 @@ def test_same_as_one_process(name, variant, outcomes):
 def test_comparison_says_something(variant):
     """The rate moves in every step, so that agreement is no accident."""
     assert (torch.tensor(expected("FSDP2", variant).alphas).diff() != 0).sum() >= 15
+
+
+@pytest.mark.parametrize("variant", ["elra_c2min", "elra_p2min"])
+def test_comparison_holds_a_restart(variant):
+    """After the batch with far targets the rate is that much lower at least, so that all set-ups restart as one process."""
+    alphas = expected("FSDP2", variant).alphas
+    assert alphas[FAR] <= alphas[FAR - 1] / 3 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -14,7 +14,7 @@ from elra_hf.adapters.deepspeed import sharding_group
 
 from .harness import run as run_processes
 from .harness import shared
-from .setups import STEPS, VARIANTS, Net, batch, build, flatten, make, tensors_unseen
+from .setups import STEPS, VARIANTS, Net, batch, build, flatten, make
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed: make test-deepspeed", allow_module_level=True)
@@ -29,7 +29,7 @@ def alone(variant, single, dtype=torch.float32, scope=None):
     """α and cosine of every group after every step, and x at the end, without DeepSpeed."""
     model = build(Net, dtype)
     named = list(model.named_parameters())
-    optimizer = make(variant, named, single, one_vote=True, scope=scope or ("global" if single else "group"))
+    optimizer = make(variant, named, single, scope=scope or ("global" if single else "group"))
     alphas, cosines = [], []
     for step in range(STEPS):
         x, y = batch(step, Net, dtype)
@@ -157,8 +157,7 @@ def test_trainer(stage, decay, results, trainer_folder, tmp_path):
     from .zero import KEYS, OPTIONS, TRAINED, calm
 
     options = {**OPTIONS, "weight_decay": decay, "optim_args": TRAINED[stage, decay]}
-    with tensors_unseen():
-        expected = run(tmp_path, model=calm(), **options)
+    expected = run(tmp_path, model=calm(), **options)
     ranks = results("trainer", (stage, decay), folder=trainer_folder)
     truth = torch.tensor(logs(expected, *KEYS))
     for rank, (logged, alphas, warned, resumed) in enumerate(ranks):
@@ -184,6 +183,5 @@ def test_accelerate_launch_with_the_recipes_config(tmp_path):
     run_processes([command], timeout=150, env={"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
     engine, logged = json.loads((tmp_path / "logs.json").read_text())
     assert engine == "DeepSpeedEngine"
-    with tensors_unseen():
-        truth = logs(run(tmp_path / "alone", model=calm(), **OPTIONS), *KEYS)
+    truth = logs(run(tmp_path / "alone", model=calm(), **OPTIONS), *KEYS)
     torch.testing.assert_close(torch.tensor(logged), torch.tensor(truth), rtol=1e-3, atol=1e-4)

@@ -41,7 +41,6 @@ from .setups import (
     flatten,
     fsdp1,
     fsdp2,
-    hurdle,
     make,
     train,
     whole,
@@ -72,7 +71,7 @@ def rows() -> dict[tuple[str, str, str], Any]:
 def behaviour() -> dict[str, Any]:
     """Everything below, by name."""
     results: dict[str, Any] = {}
-    for function in (refusals, check_sync, join, scaler, hurdles, accelerated):
+    for function in (refusals, check_sync, join, scaler, accelerated):
         for key, value in function().items():
             results[f"{function.__name__}: {key}"] = value
         print(function.__name__, flush=True)
@@ -170,7 +169,7 @@ def check_sync() -> dict[str, str]:
         advance(wrapped, optimizer, setup, range(3))
         if rank == 1:
             for group in optimizer.param_groups:
-                group["alpha"] = group["alpha"] * 2
+                group["elra_alpha"] = group["elra_alpha"] * 2
         advance(wrapped, optimizer, setup, range(1))
 
     def unmanaged_parameters() -> None:
@@ -232,11 +231,6 @@ def scaler() -> dict[str, Any]:
         optimizer.zero_grad()
         alphas.append(float(optimizer.param_groups[0]["alpha"]))
     return {"alphas": alphas, "restarts": float(optimizer.param_groups[0]["restarts"])}
-
-
-def hurdles() -> dict[str, float]:
-    """What a step must get over before overshoots count, by set-up."""
-    return {name: hurdle(SETUPS[name].wrap) for name in ("DDP", "FSDP2", "TP", "FSDP1 FULL_SHARD")}
 
 
 def accelerated() -> dict[str, Any]:
@@ -301,7 +295,7 @@ def begin(kind: str, variant: str) -> tuple[Wrapped, Any]:
     model = build(Net)
     wrap = alone if dist.get_world_size() == 1 else WRAPS[kind](dist.get_world_size())
     wrapped = wrap(model)
-    return wrapped, make(variant, wrapped.named, False, kind == "FSDP1", **wrapped.options, **options)
+    return wrapped, make(variant, wrapped.named, False, **wrapped.options, **options)
 
 
 def save(folder: str) -> dict[tuple[str, str], Outcome]:
