@@ -117,7 +117,7 @@ class Momentum:
     """
 
     betas: tuple[float, float] = (0.8, 0.7)
-    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss"})
+    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
     counters: ClassVar[tuple[str, ...]] = ("step",)
     explodes: ClassVar[bool] = True
     relative: ClassVar[bool] = False
@@ -135,8 +135,9 @@ class Momentum:
         return dict.fromkeys(("way", "momentum") if group["betas"][1] else ("way",), param.dtype)
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
-        letters = {"g": piece.g, "s": piece.state["way"]}
-        return [dot(letters[a], letters[b]) for a, b in needs]
+        letters = {"g": piece.g, "s": piece.state["way"], "m": piece.state.get("momentum")}
+        pairs = [(letters[a], letters[b]) for a, b in needs]
+        return [piece.g.new_zeros(()) if x is None or y is None else dot(x, y) for x, y in pairs]
 
     def update(self, piece: Piece, counts: Counts, move: Move) -> None:
         beta1, beta2 = piece.bucket.group["betas"]
@@ -266,7 +267,7 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss"})
+    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
     counters: ClassVar[tuple[str, ...]] = ("step", "weight")
     explodes: ClassVar[bool] = False
     relative: ClassVar[bool] = True
@@ -305,7 +306,9 @@ class Adam:
         metric.sqrt_().add_(eps)
         work = g / metric
         found = {"gg": dot(work, g), "gs": dot(g, way)}
+        found["gm"] = dot(work, piece.state["mean"])
         found["ss"] = dot(torch.mul(way, metric, out=work), way)
+        found["mm"] = dot(torch.div(piece.state["mean"], metric, out=work), piece.state["mean"])
         return [found[need] for need in needs]
 
     def update(self, piece: Piece, counts: Counts, move: Move) -> None:

@@ -30,8 +30,15 @@ SCALARS = {
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
 # What is no tensor: the lr that all others refer to, the lr of the group at the schedule's full rate and the highest seen,
-# positions that sat out the last step, calls of step() up to 1; and which names of PUBLIC are ours, blanks between.
-PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
+# positions that sat out the last step, calls of step() up to 1, public names that the group brought itself.
+PLAIN: dict[str, Any] = {
+    "elra_base": None,
+    "elra_full": None,
+    "elra_top": None,
+    "elra_idle": "",
+    "elra_calls": 0,
+    "elra_foreign": "",
+}
 
 
 def is_wide(param: Tensor) -> bool:
@@ -70,8 +77,15 @@ class Groups(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, also in mid-training: it then starts at the rate reached so far."""
-        super().add_param_group(param_group)
+        # a group of another optimizer's brings its state along, which is not this one's
+        mine = {
+            name
+            for name, value in param_group.items()
+            if name.startswith("elra_") or (name in PUBLIC and isinstance(value, Tensor))
+        }
+        super().add_param_group({name: value for name, value in param_group.items() if name not in mine})
         group = self.param_groups[-1]
+        group["elra_foreign"] = " ".join(sorted(set(PUBLIC) & set(group)))
         try:
             self._check_group(group)
         except ValueError:
@@ -96,8 +110,7 @@ class Groups(Optimizer):
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
         dtype = torch.float64 if any(map(is_wide, group["params"])) else torch.float32
-        ours = " ".join(name for name in PUBLIC if name not in group)
-        for name, value in {**PLAIN, "elra_kind": self._kind, "elra_shown": ours}.items():
+        for name, value in {**PLAIN, "elra_kind": self._kind}.items():
             group.setdefault(name, value)
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
@@ -111,9 +124,10 @@ class Groups(Optimizer):
         self._show(group)
 
     def _show(self, group: dict[str, Any]) -> None:
-        """Publish what users read, unless the group brought a key of that name."""
-        for name in group["elra_shown"].split():
-            group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
+        """Publish what users read, unless the group brought a key of that name, or a wrapper has put a number there."""
+        for name in set(PUBLIC) - set(group["elra_foreign"].split()):
+            if isinstance(group.get(name, group["elra_alpha"]), Tensor):
+                group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
 
     @staticmethod
     def _effective(group: dict[str, Any]) -> Tensor:
@@ -152,9 +166,12 @@ class Groups(Optimizer):
                 shares.append((0.0, 0.0))
                 continue
             ratio = full / (own if base is None else base)
-            if isinstance(lr, Tensor) or isinstance(top, Tensor):
-                top = group["elra_top"] = torch.maximum(torch.as_tensor(top).to(lr), torch.as_tensor(lr))
+            if isinstance(top, Tensor):
+                top = group["elra_top"] = torch.maximum(top, torch.as_tensor(lr).to(top))
                 shares.append((ratio, ratio * torch.where(top > 0, lr / top, 0.0)))
+                continue
+            if isinstance(lr, Tensor):  # put there later, as by a distributed checkpoint
+                shares.append((ratio, ratio * (lr / top)))
                 continue
             if lr > top * (1.0 + 1e-6):
                 if top == full:
@@ -183,6 +200,8 @@ class Groups(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
                     group.setdefault(name, value)
+            for name in set(PUBLIC) - set(group.get("elra_foreign", "").split()):
+                group.pop(name, None)  # a checkpoint holds numbers
             self._fill_group(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +211,7 @@ class Groups(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
+            own = {name for name in group if name.startswith("elra_") or name in PUBLIC}
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
         for key, state in state_dict["state"].items():
             state_dict["state"][key] = {
@@ -221,7 +240,7 @@ class Groups(Optimizer):
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(index, group, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         shared: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-        for i, (index, group, p) in zip(saved, params, strict=True):
+        for member, (i, (index, group, p)) in enumerate(zip(saved, params, strict=True)):
             loaded = state_dict["state"].get(i, {})
             if not loaded:
                 continue
@@ -233,10 +252,14 @@ class Groups(Optimizer):
                     self.state[p][name] = self.state[p][name].to(dtype)
             if "elra" in loaded:
                 self.state[p]["elra"] = loaded["elra"].detach().clone()
-            # a group's parameters of one age share their counters; ZeRO steps the groups apart
+            # peers of one age share their counters
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
             fresh = {name: torch.tensor(n, dtype=torch.float32, device=p.device) for name, n in counts.items()}
-            self.state[p].update(shared.setdefault((index, p.device, *counts.values()), fresh))
+            self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
+
+    def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:
+        """What parameters have in common that count together: a group, as ZeRO steps groups apart, and a rate."""
+        return index, member if self.scope == "tensor" else -1, p.device
 
     def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError for the state of another optimizer, or of another of ours."""

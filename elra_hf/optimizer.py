@@ -184,7 +184,9 @@ class Elra(Groups):
             if self.check_sync:
                 # also of what is whole on every rank, since the sum takes that from one rank only
                 seen = torch.stack([total, parts.get((), total)])
-                require_same(seen[..., -1:], seen[..., :-1], verdict.alpha)
+                n = len(self._needs)
+                # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
+                require_same(seen[..., n + 1 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
             self._update(buckets, verdict, shares)
             self._publish(params, verdict, shares)
         return result
@@ -194,7 +196,7 @@ class Elra(Groups):
     def _gather(self, ranks: list[Ranks]) -> list[Bucket]:
         """Sort the parameters that have a gradient into buckets, and create the state of new ones."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        newborn: dict[torch.device, dict[str, Tensor]] = {}
+        newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         member = -1
         for index, group in enumerate(self.param_groups):
             # a string, since distributed checkpoints take lists apart and expect the same length when they load
@@ -213,7 +215,7 @@ class Elra(Groups):
                     )
                 state = self.state[p]
                 if not state:
-                    self._give_birth(p, group, newborn)
+                    self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
                 new = any(state["step"] is fresh["step"] for fresh in newborn.values())
                 key = (
@@ -243,11 +245,13 @@ class Elra(Groups):
             group["elra_idle"] = " ".join(absent)
         return list(buckets.values())
 
-    def _give_birth(self, p: Tensor, group: dict[str, Any], newborn: dict[torch.device, dict[str, Tensor]]) -> None:
-        """Create the state of a parameter; those of one step share their counters."""
+    def _give_birth(
+        self, p: Tensor, group: dict[str, Any], newborn: dict[tuple[Any, ...], dict[str, Tensor]], peers: tuple[Any, ...]
+    ) -> None:
+        """Create the state of a parameter; peers of one step share their counters."""
         state = self.state[p]
         fresh = {name: torch.zeros((), dtype=torch.float32, device=p.device) for name in self.direction.counters}
-        state.update(newborn.setdefault(p.device, fresh))
+        state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
             values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
             values[1:3] = 0.0, 0.0  # sizes are its own
@@ -324,7 +328,7 @@ class Elra(Groups):
         if "pp" in self.rule.needs:  # products along the last step, by how far that went
             return full.new_ones(len(self._needs)) * (0.0 if bucket.idle else bucket.group["elra_multiplier"])
         inverse = torch.where(full > 0, 1.0 / full, 0.0)
-        by_name = {"gg": full, "gs": torch.ones_like(full), "ss": inverse}
+        by_name = {"gg": full, "gm": full, "mm": full, "gs": torch.ones_like(full), "ss": inverse}
         return torch.stack([by_name[need] for need in self._needs])
 
     # ---- decide -----------------------------------------------------------------------------------------------------------
@@ -340,10 +344,10 @@ class Elra(Groups):
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where((memory["scale"] == 0) & (entries > 0), typical, memory["scale"])
         memory["size"] = torch.where((memory["size"] == 0) & (entries > 0), size, memory["size"])
-        weights, reached = self._weights(shares)
+        weights, reached, now = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
-        dots |= {"reached": self._of_cells(reached), "steps": self._of_cells([group["elra_steps"] for group in groups])}
+        dots |= {"reached": self._of_cells(reached), "share": self._of_cells(now), "steps": self._of_cells([group["elra_steps"] for group in groups])}
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
@@ -368,22 +372,22 @@ class Elra(Groups):
         memory |= {name: torch.where(taken, value, memory[name]) for name, value in decision.memory.items()}
         return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
 
-    def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """How much the last step of each group says about the schedule's full rate, and the highest share so far; in [0, 1].
+    def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
+        """How much the last step of each group says about the schedule's full rate, the highest share so far, and the last one.
 
-        The former is the share that was reached in a warm-up, for α must not undo it, and less in a decay: nothing below half of
-        the highest share so far, since smaller steps make cosines rise, and answering would undo the decay. Both are 0 before
-        there was a step. Under scope "global" those of the group that has most.
+        All are in [0, 1], and 0 before there was a step. The first is the share that was reached in a warm-up, for α must not
+        undo it, and less in a decay: nothing below half of the highest share so far, since smaller steps make cosines rise, and
+        answering would undo the decay. Under scope "global" those of the group that has most.
         """
-        weights, reached = [], []
+        found = []
         for group, (full, _) in zip(self.param_groups, shares, strict=True):
             multiplier, peak = group["elra_multiplier"], group["elra_peak"]
-            reached.append((peak / full).clamp(max=1.0).nan_to_num(0.0))
-            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
-            weights.append(weight.nan_to_num(0.0))
-        if self.scope != "global":
-            return weights, reached
-        return [torch.stack(weights).amax()] * len(weights), [torch.stack(reached).amax()] * len(reached)
+            last, highest = ((value / full).clamp(max=1.0) for value in (multiplier, peak))
+            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * last
+            found.append(torch.stack([weight, highest, last]).nan_to_num(0.0))
+        if self.scope == "global":
+            found = [torch.stack(found).amax(0)] * len(found)
+        return tuple([row[i] for row in found] for i in range(3))
 
     # ---- update -----------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 A rule is a pure function of tensors with one entry a cell of the scope, and knows nothing of parameters. The inner products
 are named by two letters: g the gradient G_t, s the way back to the average of the iterates, x̄_t - x_t; for the paper's rules
 also p the gradient G_{t-1} and d the direction moved along in step t-1. They are taken in the metric of the direction; see
-`directions`. Beside them a rule gets ``weight``, how much a step says about the schedule's full rate, in [0, 1]; ``steps``,
+`directions`. Beside them a rule gets ``weight``, how much a step says about the schedule's full rate, in [0, 1]; ``share`` of that rate that the last step had; ``steps``,
 those taken so far; and of the weights at the start ``scale``, the typical size of one, and ``size``, the sum of their squares.
 """
 
@@ -92,3 +92,16 @@ def first_rate(alpha: Tensor, dots: Dots) -> Tensor:
     """``alpha``, or in the first step the rate with which that is `FIRST` of the weights long; weights of 0 leave it."""
     known = (dots["steps"] == 0) & (dots["gg"] > 0) & (dots["size"] > 0)
     return torch.where(known, FIRST * (dots["size"] / dots["gg"]).sqrt(), alpha)
+
+
+def heading(dots: Dots) -> tuple[Tensor, Tensor]:
+    """(signal, c_t): c_t is the cosine of G_t with the way back to the average, the signal what follows for the rate.
+
+    The signal is c_t, unless the loss clearly falls along the momentum that x moves with: then steps are too short, whatever
+    lies behind. Otherwise a rate that has fallen after an overshoot would hold x where it is, c_t would stay negative, and the
+    rate would fall for ever. With u the cosine of G_t with the momentum, where that is positive, and c_t negative, it is
+    (1 - u) c_t + u²; in noise u is near 0.
+    """
+    cos = cosine(dots["gs"], dots["gg"], dots["ss"])
+    on = cosine(dots["gm"], dots["gg"], dots["mm"]).clamp(min=0.0)
+    return torch.where(cos < 0, (1.0 - on) * cos + on * on, cos), cos

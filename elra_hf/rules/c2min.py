@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Decision, Dots, Memory, check_gain, check_positive, cosine, first_rate, settling, signed_gain
+from .base import Decision, Dots, Memory, check_gain, check_positive, cosine, first_rate, heading, settling, signed_gain
 
 
 @dataclass(frozen=True)
 class C2Min:
     """α_t = α_{t-1} (1 + gain·signal_t), at most ±gain a step. Source: arXiv 2309.06274, c2min; the default's signal is ours.
 
-    By default signal_t = w_t·c_t·horizon/(horizon + clock), where c_t is the cosine of G_t with the way back to the average of
+    By default signal_t = w_t·r_t·c_t·horizon/(horizon + clock), where r_t is `reachable`, c_t is the cosine of G_t with the way back to the average of
     the iterates and the clock counts the steps by their weights w_t; and α_1 is such that the first step is `FIRST` of the
     weights long, so that ``lr`` does not matter.
     With ``horizon=math.inf`` the paper's rule: signal_t = w_t·c_t, with the cosine of successive gradients, and α_1 = lr.
@@ -34,7 +34,7 @@ class C2Min:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gg", "gp", "pp"} if math.isinf(self.horizon) else {"gg", "gs", "ss"})
+        return frozenset({"gg", "gp", "pp"} if math.isinf(self.horizon) else {"gg", "gs", "ss", "gm", "mm"})
 
     @property
     def memory(self) -> Mapping[str, float]:
@@ -47,7 +47,7 @@ class C2Min:
             cos = cosine(dots["gp"], dots["gg"], dots["pp"])
             signal = cos * weight
         else:
-            cos = cosine(dots["gs"], dots["gg"], dots["ss"])
-            signal = settling(clock, self.horizon) * weight * cos
+            heading_t, cos = heading(dots)
+            signal = settling(clock, self.horizon) * weight * heading_t
             alpha = first_rate(alpha, dots)
         return Decision(alpha * (1.0 + signed_gain(self.gain, signal) * signal), cos, {"clock": clock + weight})

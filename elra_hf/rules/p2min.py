@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Decision, Dots, Memory, check_positive, cosine, first_rate, settling
+from .base import Decision, Dots, Memory, check_positive, cosine, first_rate, heading, settling
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class P2Min:
     Where ⟨G_{t-1}, d_{t-1}⟩ ≤ 0 the last direction did not descend, and α is left alone.
 
     That is ``horizon=math.inf``. By default (ours) q is the slope of the loss along the way from the average of the iterates to
-    x_t in units of the steepest, ‖G_t‖, that is the cosine c_t of G_t with the way back, less what has settled:
+    x_t in units of the steepest, ‖G_t‖, that is the cosine c_t of G_t with the way back, less what has settled or is not `reachable`:
     α_t = α_{t-1} / (1 - c_t·horizon/(horizon + clock)), at most α_{t-1}·γ; and α_1 is such that the first step is `FIRST` of the
     weights long, so that ``lr`` does not matter.
 
@@ -39,7 +39,7 @@ class P2Min:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gg", "gp", "pp", "gd", "pd"} if math.isinf(self.horizon) else {"gg", "gs", "ss"})
+        return frozenset({"gg", "gp", "pp", "gd", "pd"} if math.isinf(self.horizon) else {"gg", "gs", "ss", "gm", "mm"})
 
     @property
     def memory(self) -> Mapping[str, float]:
@@ -52,8 +52,8 @@ class P2Min:
             cos = cosine(dots["gp"], dots["gg"], dots["pp"])
             end, start = dots["gd"], dots["pd"]
         else:
-            cos = cosine(dots["gs"], dots["gg"], dots["ss"])
-            end, start = settling(clock, self.horizon) * cos, torch.ones_like(cos)
+            heading_t, cos = heading(dots)
+            end, start = settling(clock, self.horizon) * heading_t, torch.ones_like(cos)
             alpha = first_rate(alpha, dots)
         curvature = start - end  # ∝ 1 - q, without the division
         factor = torch.where(curvature > start / self.growth_limit, start / curvature, self.growth_limit)

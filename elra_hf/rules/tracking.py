@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Decision, Dots, Memory, check_positive, cosine
+from .base import Decision, Dots, Memory, check_positive, heading
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """α_t = α_{t-1}·exp(g_t·w_t·c_t) with c_t = cos(G_t, x̄_t - x_t), x̄_t the average of the iterates. Source: ours.
+    """α_t = α_{t-1}·exp(g_t·w_t·r_t·c_t) with c_t = cos(G_t, x̄_t - x_t), x̄_t the average of the iterates. Source: ours.
 
     The paper's idea with a longer memory. Against the last step the cosine tells only whether that one was too short, which in
     noise is far below the rate that is best over hundreds of steps. Against the average of all iterates it changes its sign at
     the best rate, all run long: where it is positive the whole way behind was too short, since the loss still falls along it.
 
+    r_t, at most 1, is less where the way back is out of reach at the present rate; see `reachable`.
     g_t = max(gain, early_gain·horizon / (horizon + clock)), where the clock is the sum of the weights w_t: a young run looks for
     its rate, an old one only follows it. exp has no downward drift under a cosine that is noise around 0; 1 + g·c has.
 
@@ -42,7 +43,7 @@ class Tracking:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gg", "gs", "ss"})
+        return frozenset({"gg", "gs", "ss", "gm", "mm"})
 
     @property
     def memory(self) -> Mapping[str, float]:
@@ -50,9 +51,9 @@ class Tracking:
 
     def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
         clock, weight = memory["clock"], dots["weight"]
-        cos = cosine(dots["gs"], dots["gg"], dots["ss"])
+        heading_t, cos = heading(dots)
         gain = (self.early_gain * self.horizon / (self.horizon + clock)).clamp(min=self.gain)
-        adapted = alpha * torch.exp(gain * weight * cos)
+        adapted = alpha * torch.exp(gain * weight * heading_t)
         if self.first is not None:
             scale = dots["scale"]
             adapted = torch.where((dots["steps"] == 0) & (scale > 0), self.first * scale, adapted)

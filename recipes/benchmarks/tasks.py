@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -88,14 +88,14 @@ def loss_of_weights(weights):
 
 @every
 def test_no_host_synchronisation(cls):
-    """A fake tensor has no value: whoever asks for one, with item(), float() or if, raises."""
+    """A fake tensor of an accelerator has no value: whoever asks for one, with item(), float() or if, raises."""
     with FakeTensorMode():
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-        optimizer = cls(model.parameters(), weight_decay=0.1)
+        params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((8, 6), (8,))]
+        optimizer = cls(params, weight_decay=0.1)
         for step in range(3):
-            loss = model(torch.randn(4, 6)).square().mean()
-            loss.backward()
-            optimizer.step(loss=loss if step == 2 else None)
+            for p in params:
+                p.grad = torch.empty_like(p)
+            optimizer.step(loss=torch.empty((), device="cuda") if step == 2 else None)
     assert isinstance(optimizer.param_groups[0]["alpha"], torch.Tensor)
 
 
@@ -334,18 +334,21 @@ def test_a_bad_gradient_never_reaches_x(cls, poison):
 
 
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_an_explosion_takes_the_last_step_back(cls, decay):
+@pytest.mark.parametrize("horizon", [20.0, math.inf])
+def test_an_explosion_takes_x_back(cls, horizon):
+    """By the last step with the paper's rule, to the average of the iterates otherwise."""
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    optimizer = cls([x], lr=1e-2, weight_decay=decay)
+    optimizer = cls([x], lr=1e-2, horizon=horizon)
+    iterates = [x.detach().clone()]
     for g in ([1.0, 0.5], [0.9, 0.6], [0.8, 0.4]):
-        before = x.detach().clone()
         x.grad = torch.tensor(g, dtype=torch.float64)
         optimizer.step()
+        iterates.append(x.detach().clone())
     alpha = optimizer.param_groups[0]["alpha"].item()
     x.grad = torch.tensor([-30.0, 50.0], dtype=torch.float64)  # more than ten times as long as the longest
     optimizer.step()
-    assert torch.allclose(x.detach(), before, rtol=1e-12)
+    back = iterates[-2] if math.isinf(horizon) else torch.stack(iterates).mean(0)
+    assert torch.allclose(x.detach(), back, rtol=1e-12)
     group = optimizer.param_groups[0]
     assert group["restarts"].item() == 1
     longest = 0.98 * math.hypot(1.0, 0.5)  # two steps ago
@@ -354,8 +357,7 @@ def test_an_explosion_takes_the_last_step_back(cls, decay):
     x.grad = torch.tensor([1.0, 1.0], dtype=torch.float64)
     optimizer.step()  # a first step again: along the gradient alone, α as it is
     assert group["alpha"].item() == pytest.approx(lowered)
-    shrunk = before * math.exp(-lowered * decay)
-    assert torch.allclose(x.detach(), shrunk - lowered * x.grad, rtol=1e-12)
+    assert torch.allclose(x.detach(), back - lowered * x.grad, rtol=1e-12)
 
 
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
@@ -369,292 +371,50 @@ def test_a_long_gradient_now_and_then_is_no_explosion(cls):
     assert optimizer.param_groups[0]["restarts"].item() == 0
 
 
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_the_rate_settles_with_the_overshoots(cls):
-    """A cosine that is noise moves log α less and less; without it, as before an overshoot, the rule is the paper's."""
-    rng = torch.Generator().manual_seed(0)
-    drifts = []
-    for horizon in (cls([X]).rule.horizon, math.inf):
-        x = torch.zeros(50, requires_grad=True)
-        optimizer = cls([x], lr=1.0, horizon=horizon)
-        alphas = []
-        for _ in range(1000):
-            x.grad = torch.randn(50, generator=rng)
-            optimizer.step()
-            alphas.append(optimizer.param_groups[0]["alpha"].log().item())
-        drifts.append(max(alphas[200:]) - min(alphas[200:]))
-        assert (optimizer.param_groups[0]["clock"] > 300).item()
-    assert drifts[0] < 0.3
-    assert drifts[1] > 1.0
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-@pytest.mark.parametrize(("growth", "steps"), [(2.5, 6), (1.0, 30)])
-def test_a_settled_rate_falls_where_steps_turn_round(cls, growth, steps):
-    """Beyond the edge of stability every step overshoots, and far beyond it the iterates grow at once."""
-    rng = torch.Generator().manual_seed(0)
-    x = torch.zeros(50, requires_grad=True)
-    optimizer = cls([x], lr=1.0)
-    for _ in range(300):
-        x.grad = torch.randn(50, generator=rng)
-        optimizer.step()
-    settled = optimizer.param_groups[0]["alpha"].item()
-    for t in range(steps):
-        x.grad = torch.full((50,), (-growth) ** t)
-        optimizer.step()
-    assert optimizer.param_groups[0]["clock"].item() > 100
-    assert optimizer.param_groups[0]["restarts"].item() == 0
-    assert optimizer.param_groups[0]["alpha"].item() < settled / 8
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("cls", "least"), [(ElraC2Min, 0.1), (ElraP2Min, 0.01)])  # p2min has no bound downwards
-def test_noise_along_one_direction_does_not_kill_the_rate(cls, least, seed):
-    """As where nearly all of the gradient is one direction's: every cosine is +1 or -1, and says nothing."""
-    rng = torch.Generator().manual_seed(seed)
-    direction = torch.randn(50, generator=rng)
-    alphas = []
-    for horizon in (cls([X]).rule.horizon, math.inf):
-        x = torch.zeros(50, requires_grad=True)
-        optimizer = cls([x], lr=1.0, horizon=horizon, bounds=(1e-30, 1e30))
-        for t in range(2000):
-            x.grad = direction * torch.randn(1, generator=rng)
-            optimizer.step()
-            if t == 100:
-                early = optimizer.param_groups[0]["alpha"].item()
-        alphas.append(optimizer.param_groups[0]["alpha"].item() / early)
-    assert alphas[0] > least
-    assert alphas[1] < 1e-10
-
-
-def test_a_small_cosine_raises_a_rate_of_c2min_that_is_far_too_low():
-    """Noise makes the cosine small at every rate; that steps are short says that it is no reason to be slow."""
-    rng = torch.Generator().manual_seed(0)
-    factors = []
-    for horizon in (2.0, math.inf):
-        x = torch.ones(10_000, requires_grad=True)
-        optimizer = ElraC2Min([x], lr=1e-7, horizon=horizon)
-        cosines = []
-        for _ in range(60):
-            x.grad = 0.3 + torch.randn(10_000, generator=rng)
-            optimizer.step()
-            cosines.append(optimizer.param_groups[0]["cos"].item())
-        assert max(cosines) < 0.15
-        factors.append(optimizer.param_groups[0]["alpha"].item() / 1e-7)
-    assert factors[0] > 1000 > 20 > factors[1] > 1
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_steps_without_an_overshoot_start_the_clock_anew(cls):
-    x = torch.zeros(3, requires_grad=True)
-    optimizer = cls([x], lr=1e-3)
-    clocks = []
-    for sign in [1, -1] * 8 + [1] * 24:
-        x.grad = torch.tensor([1.0, 0.5, 0.2]) * sign
-        optimizer.step()
-        clocks.append(optimizer.param_groups[0]["clock"].item())
-    assert max(clocks) >= 3
-    assert clocks[15] > 0
-    assert clocks[-1] == 0
-
-
-def along_one_line(optimizer, params, signs, size=1.0):
-    """Gradients of one direction with these signs, and the rates."""
-    alphas = []
-    for sign in signs:
-        for p in params:
-            p.grad = torch.full_like(p, sign * size)
-        optimizer.step()
-        alphas.append(optimizer.param_groups[0]["alpha"].item())
-    return alphas
-
-
-@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
-@pytest.mark.parametrize(("cls", "most"), [(ElraC2Min, 1.5), (ElraP2Min, 2.0)])
-def test_no_overshoot_counts_before_a_step_is_long_enough_beside_the_weights(cls, most, scope):
-    """So that noise of one direction and either sign neither lowers nor settles a first rate that is far too low."""
-    x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
-    optimizer = cls([x], lr=1e-8, scope=scope)
-    signs = torch.randint(0, 2, (60,), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    alphas = along_one_line(optimizer, [x], signs.tolist())
-    enough = next(t for t, alpha in enumerate(alphas) if alpha >= 9e-3)  # 0.003 of the weights
-    assert alphas[: enough + 1] == pytest.approx([1e-8 * most**t for t in range(enough + 1)])
-    assert optimizer.param_groups[0]["clock"] > 0
-    assert not optimizer.param_groups[0]["hurdle"]
-    assert 1e-4 < alphas[-1] < 0.1
-
-
-@pytest.mark.parametrize("times", [1, 8])
-@pytest.mark.parametrize(("cls", "most"), [(ElraC2Min, 1.5), (ElraP2Min, 2.0)])
-def test_or_beside_one_tensor_such_as_a_new_head(cls, most, times):
-    """A tenth of its start, also where its lr is several times as high; what starts at 0 is left out."""
-    body = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
-    head = torch.full((4,), 1e-2, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = cls([{"params": [body, bias]}, {"params": [head], "lr": times * 1e-8}], lr=1e-8)
-    alphas = []
-    for t in range(60):
-        for p, size in ((body, 1e-3), (head, 1.0), (bias, 5.0)):
-            p.grad = torch.full_like(p, size * (-1) ** t)
-        optimizer.step()
-        alphas.append(optimizer.param_groups[0]["alpha"].item())
-    enough = next(t for t, alpha in enumerate(alphas) if alpha >= 1e-3 / times)
-    assert alphas[: enough + 1] == pytest.approx([1e-8 * most**t for t in range(enough + 1)])
-    assert alphas[enough + 1] < alphas[enough]
-    assert not optimizer.param_groups[0]["hurdle"]
-
-
-def overshooting(cls, scope="global", horizon=None):
-    """An optimizer at some rate, whose gradients of norm 10 have overshot now and then, and its only parameter."""
-    x = torch.full((100,), 30.0, dtype=torch.float64, requires_grad=True)
-    optimizer = cls([x], lr=0.1, scope=scope, **({} if horizon is None else {"horizon": horizon}))
-    along_one_line(optimizer, [x], [1, 1, -1, 1, 1, -1, 1, 1, -1, 1])
-    return optimizer, x
-
-
-@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_a_gradient_that_has_grown_counts_as_twice_the_longest_before_an_overshoot(cls, scope):
-    """However long, it changes x and the rate as one of twice the length; that of an explosion is undone."""
-    seen = []
-    for size in (2.0, 4.0, 9.0):
-        optimizer, x = overshooting(cls, scope)
-        alphas = along_one_line(optimizer, [x], [1, -1], size)
-        seen.append(torch.tensor([*alphas, *x.tolist()]))
-        assert not optimizer.param_groups[0]["restarts"]
-    torch.testing.assert_close(seen[1], seen[0], rtol=1e-12, atol=0.0)
-    torch.testing.assert_close(seen[2], seen[0], rtol=1e-12, atol=0.0)
-    optimizer, x = overshooting(cls, scope)
-    along_one_line(optimizer, [x], [1], 11.0)
-    assert optimizer.param_groups[0]["restarts"] == 1
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_the_papers_rule_takes_it_as_it_is(cls):
-    moves = []
-    for size in (2.0, 4.0):
-        optimizer, x = overshooting(cls, horizon=math.inf)
-        before = x.detach().clone()
-        along_one_line(optimizer, [x], [1], size)
-        moves.append((x - before).abs().sum() / optimizer.param_groups[0]["alpha"])
-    assert moves[1] > 1.3 * moves[0]
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_gradients_may_grow_while_no_step_overshoots(cls):
-    """As on the way out of a saddle; and again after some 16 steps straight on."""
-    x = torch.ones(100, dtype=torch.float64, requires_grad=True)
-    optimizer = cls([x], lr=1e-9)
-    for t in range(12):
-        along_one_line(optimizer, [x], [1], 3.0**t)
-        assert torch.equal(optimizer.state[x]["grad_prev"], x.grad)
-    optimizer, x = overshooting(cls)
-    along_one_line(optimizer, [x], [1] * 20)
-    along_one_line(optimizer, [x], [1], 5.0)
-    assert torch.equal(optimizer.state[x]["grad_prev"], x.grad)
-
-
-@pytest.mark.parametrize("lr", [9.1e-3, 1.0])
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_a_first_step_that_is_long_enough_is_turned_round_at_once(cls, lr):
-    """Also where hardly a gradient is left after it."""
-    for left in (1.0, 1e-6):
-        x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
-        optimizer = cls([x], lr=lr)
-        along_one_line(optimizer, [x], [1.0])
-        alphas = along_one_line(optimizer, [x], [-1.0, -1.0, 1.0], left)
-        assert alphas[0] < lr
-        assert not optimizer.param_groups[0]["hurdle"]
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_what_does_not_move_is_no_part_of_the_weights_that_a_step_is_compared_with(cls):
-    """Rows of an embedding that the first batch does not use, and groups that stand still."""
-    rates = []
-    for more in (0.0, 1e6):
-        x = torch.cat([torch.full((100,), 3.0), torch.full((50,), more)]).requires_grad_()
-        still = torch.full((7,), more, requires_grad=True)
-        optimizer = cls([{"params": [x]}, {"params": [still], "lr": 0.0}])
-        for t in range(30):
-            x.grad = torch.cat([torch.ones(100), torch.zeros(50)]) * (-1) ** t
-            still.grad = torch.ones(7)
-            optimizer.step()
-        rates.append(optimizer.param_groups[0]["alpha"].item())
-        assert not optimizer.param_groups[0]["hurdle"]
-    assert rates[0] == rates[1]
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_weights_that_start_at_zero_let_every_step_tell(cls):
-    x = torch.zeros(10, requires_grad=True)
-    assert along_one_line(cls([x]), [x], [1.0, -1.0])[-1] < 1e-5
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_steps_get_no_longer_before_they_tell_in_a_warm_up(cls):
-    longest = []
-    for warmup in (1, 50):
-        x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
-        optimizer = cls([x])
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t, warmup=warmup: min(t / warmup, 1.0))
-        steps = []
-        for t in range(80):
-            alpha = along_one_line(optimizer, [x], [(-1) ** t])[-1]
-            steps.append(alpha * optimizer.param_groups[0]["multiplier"].item() * 10 / 30)  # of the weights
-            scheduler.step()
-        longest.append(max(steps))
-    assert 3e-3 < longest[0] < 9e-3
-    assert longest[1] < longest[0]
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_a_late_group_raises_no_hurdle_again(cls):
-    x = torch.full((100,), 3.0, requires_grad=True)
-    late = torch.full((100,), 1e3, requires_grad=True)
-    optimizer = cls([x], lr=0.1)
-    along_one_line(optimizer, [x], [1, -1])
-    optimizer.add_param_group({"params": [late]})
-    along_one_line(optimizer, [x, late], [1, -1, 1], 1e-3)
-    assert not any(group["hurdle"] for group in optimizer.param_groups)
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_a_restart_raises_no_rate_while_steps_are_short(cls):
-    x = torch.full((100,), 3.0, dtype=torch.float64, requires_grad=True)
-    optimizer = cls([x], lr=1e-6)
-    before = along_one_line(optimizer, [x], [1.0, 1.0, 1.0])[-1]
-    lowered, kept, raised = along_one_line(optimizer, [x], [math.nan, 1.0, 1.0])
-    assert lowered == kept == pytest.approx(before / 3)
-    assert raised > kept
-
-
 @every
-def test_an_exploded_loss_takes_the_last_step_back(cls):
+def test_an_exploded_loss_restarts_once_and_lowers_the_rate(cls):
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     optimizer = cls([x], lr=1e-2)
-    for loss in (3.0, 2.0, 1.0):
+
+    def step(loss):
+        x.grad = torch.tensor([1.0, 0.5], dtype=torch.float64)
         before = x.detach().clone()
-        x.grad = torch.tensor([1.0, 0.5 * loss], dtype=torch.float64)
         optimizer.step(loss=loss)
+        return torch.equal(x.detach(), before)
+
+    for t in range(20):
+        step(3.0 - 0.1 * t)
     alpha = optimizer.param_groups[0]["alpha"].item()
-    x.grad = torch.tensor([1.0, 1.0], dtype=torch.float64)
-    optimizer.step(loss=torch.tensor(26.0))
-    assert torch.allclose(x.detach(), before, rtol=1e-9)
+    step(torch.tensor([2000.0]))  # of shape (1,), as DataParallel returns it
+    assert optimizer.param_groups[0]["restarts"].item() == 1
     assert optimizer.param_groups[0]["alpha"].item() == pytest.approx(alpha / 3)
-    x.grad = torch.tensor([1.0, 1.0], dtype=torch.float64)
-    optimizer.step(loss=0.9)
-    assert not torch.allclose(x.detach(), before, rtol=1e-9)
+    for _ in range(3):
+        assert not step(2000.0)  # the way out: what is normal now is learnt anew
+    assert optimizer.param_groups[0]["restarts"].item() == 1
 
 
 @every
-def test_an_outlier_among_small_losses_is_no_explosion(cls):
-    """Near the end one mislabelled sample is a hundred times the best loss; it is below the first one."""
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_that_swing_are_no_explosion(cls, seed):
+    """Batches of one: healthy losses differ by a factor of a thousand."""
+    swing = torch.Generator().manual_seed(seed)
     model = net()
     optimizer = cls(model.parameters())
-    train(model, optimizer, [0], loss=2.0)
-    train(model, optimizer, [1], loss=0.001)
-    train(model, optimizer, [2], loss=1.0)
+    for t in range(60):
+        train(model, optimizer, [t], loss=float(torch.rand((), generator=swing) ** 3 + 1e-3))
     assert optimizer.param_groups[0]["restarts"].item() == 0
+
+
+@every
+def test_a_loss_of_a_closure_is_not_used(cls):
+    model, other = net(), net()
+    a, b = cls(model.parameters()), cls(other.parameters())
+    for t in range(30):
+        loss_of(model, t).backward()
+        a.step(lambda t=t: torch.tensor([1e6 if t == 25 else 1e-6]))
+        train(other, b, [t])
+        model.zero_grad()
+    assert torch.equal(flat(model), flat(other))
 
 
 @every
@@ -690,24 +450,12 @@ def test_an_older_pickle_gains_what_it_lacks(cls):
     train(model, optimizer, range(3))
     state = optimizer.__getstate__()
     for group in state["param_groups"]:
-        for name in ("clamps", "idle", "first_loss", "best_loss", "maximize"):
+        for name in ("elra_clamps", "elra_idle", "elra_losses", "maximize"):
             del group[name]
     old = type(optimizer).__new__(type(optimizer))
     old.__setstate__(state)
     train(model, old, range(3, 6))
     assert torch.isfinite(flat(model)).all()
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
-def test_after_an_older_pickle_gradients_are_as_long_as_they_are(cls):
-    """It knows of none that the rate was found with."""
-    optimizer, x = overshooting(cls)
-    state = optimizer.__getstate__()
-    del state["param_groups"][0]["ceiling"]
-    old = cls.__new__(cls)
-    old.__setstate__(state)
-    along_one_line(old, [x], [1, -1], 2.0)
-    assert torch.equal(old.state[x]["grad_prev"], x.grad)
 
 
 def test_low_precision_state_keeps_its_own_dtype_on_load():
@@ -793,13 +541,12 @@ X = torch.ones(2, requires_grad=True)
         (lambda: ElraC2Min([X], betas=(0.8, 1.0)), r"betas=\(0.8, 1.0\).*\[0, 1\)"),
         (lambda: ElraC2Min([X], betas=0.8), r"betas=0.8"),
         (lambda: ElraC2Min([X], gain=1.5), r"gain=1.5.*\(0, 1\)"),
-        (lambda: ElraC2Min([X], horizon=0.0), r"horizon=0.0.*positive.*math.inf"),
+        (lambda: ElraC2Min([X], horizon=0.0), r"horizon=0.0.*positive"),
         (lambda: ElraP2Min([X], horizon=float("nan")), r"horizon=nan.*positive"),
         (lambda: ElraC2Min([X], gain=(0.5, -0.1)), r"gain=\(0.5, -0.1\)"),
         (lambda: ElraC2Min([X], gain=(0.1, 0.2, 0.3)), r"gain=.*pair"),
         (lambda: ElraP2Min([X], growth_limit=1.0), r"growth_limit=1.0.*above 1"),
         (lambda: ElraAdamW([X], eps=0.0), r"eps=0.0"),
-        (lambda: Tracking(target=-1.0), r"target=-1.0.*-0.03"),
         (lambda: ElraC2Min([X], weight_decay=-0.1), r"weight_decay=-0.1.*>= 0"),
         (lambda: ElraC2Min([X], scope="layer"), r"scope='layer'.*'global', 'group', 'tensor'"),
         (lambda: ElraC2Min([X], bounds=(1.0, 0.1)), r"bounds=\(1.0, 0.1\).*lowest < highest"),
@@ -807,11 +554,11 @@ X = torch.ones(2, requires_grad=True)
         (lambda: ElraC2Min([{"params": [X], "gain": 0.3}]), r"gain=0.3 in a parameter group.*to the optimizer"),
         (lambda: ElraC2Min([{"params": [X], "betas": (2, 0)}]), r"betas=\(2, 0\)"),
         (lambda: ElraC2Min([{"params": [X], "lr": -1.0}]), r"lr=-1.0"),
-        (lambda: Elra([X], Adam(), C2Min()), r"C2Min.*needs.*\['gp', 'pp'\].*Adam.*offers"),
-        (lambda: Elra([X], Adam(), P2Min()), r"needs the inner products"),
+        (lambda: Elra([X], Adam(), C2Min(horizon=math.inf)), r"C2Min.*needs.*\['gp', 'pp'\].*Adam.*offers"),
+        (lambda: Elra([X], Adam(), P2Min(horizon=math.inf)), r"needs the inner products"),
         (lambda: Tracking(gain=0.0), r"gain=0.0.*positive"),
         (lambda: Tracking(horizon=-1.0), r"horizon=-1.0.*positive"),
-        (lambda: Tracking(span=(0.5, 0.1)), r"span=\(0.5, 0.1\).*first < highest"),
+        (lambda: Tracking(first=0.0), r"first=0.0.*positive"),
     ],
 )
 def test_bad_arguments_say_what_to_give(make, message):

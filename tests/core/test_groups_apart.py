@@ -8,7 +8,7 @@ import torch
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min
 
 VARIANTS = {"c2min": ElraC2Min, "p2min": ElraP2Min, "adamw": ElraAdamW}
-STATE = ("alpha", "cos", "restarts", "clamps", "multiplier")
+STATE = ("alpha", "cos", "restarts", "clamps", "elra_multiplier")
 
 
 def slices(groups=3):

@@ -1,7 +1,6 @@
 """What must hold for every input, one property a test."""
 
 import copy
-import dataclasses
 import itertools
 
 import numpy as np
@@ -11,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elra_hf import Adam, Elra, ElraAdamW, ElraC2Min, ElraP2Min, Tracking, rate
-from elra_hf.rules import weighted_median
 
-from .problems import VARIANTS, flat, loss_of, net, same, snapshot, train
+from .problems import VARIANTS, flat, net, same, snapshot, train
 
 seeds = st.integers(0, 2**31 - 1)
 euclidean = pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
@@ -64,14 +62,7 @@ def test_scaling_the_loss_scales_the_rate_inversely(cls, seed, power):
         assert plain.param_groups[0]["alpha"] == scaled.param_groups[0]["alpha"] * scale
 
 
-def one_vote(params, **options):
-    """ElraAdamW with the one cosine of all parameters."""
-    optimizer = ElraAdamW(params, **options)
-    optimizer.rule = dataclasses.replace(optimizer.rule, votes=False)
-    return optimizer
-
-
-@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min, one_vote])
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min, ElraAdamW])
 @quick
 @given(seed=seeds, cuts=st.lists(st.integers(1, 11), max_size=4), groups=st.booleans())
 def test_how_the_vector_is_cut_does_not_matter(cls, seed, cuts, groups):
@@ -91,54 +82,6 @@ def test_how_the_vector_is_cut_does_not_matter(cls, seed, cuts, groups):
     assert len(set(rates)) == 1
     assert rates[0] == pytest.approx(one.param_groups[0]["alpha"].item(), rel=1e-9)
     assert torch.allclose(torch.cat(parts), whole, rtol=0, atol=1e-9)
-
-
-@quick
-@given(seed=seeds, cuts=st.sets(st.integers(1, 5), max_size=5))
-def test_how_the_tensors_are_grouped_does_not_matter(seed, cuts):
-    """Tensors vote, so that cutting one changes the result; sorting them into groups does not."""
-    rng = np.random.default_rng(seed)
-    x0 = [torch.tensor(rng.normal(size=n)) for n in (7, 1, 4, 2, 12, 3)]
-    curvature = torch.tensor(rng.uniform(0.1, 3.0, 29))
-    together, apart = ([x.clone().requires_grad_() for x in x0] for _ in range(2))
-    edges = [0, *sorted(cuts), 6]
-    one, many = ElraAdamW(together), ElraAdamW([{"params": apart[a:b]} for a, b in itertools.pairwise(edges)])
-    for _ in range(20):
-        for optimizer, params in ((one, together), (many, apart)):
-            optimizer.zero_grad()
-            bowl(torch.cat(params), curvature).backward()
-            optimizer.step()
-    assert one.param_groups[0]["alpha"].item() == pytest.approx(many.param_groups[-1]["alpha"].item(), rel=1e-9)
-    assert torch.allclose(torch.cat(together), torch.cat(apart), rtol=0, atol=1e-9)
-
-
-@quick
-@given(seed=seeds, n=st.integers(1, 9))
-def test_no_minority_of_tensors_decides(seed, n):
-    """The vote lies between the cosines that half of the weight is below and above; it ignores how far the rest is off."""
-    rng = np.random.default_rng(seed)
-    values, weights = torch.tensor(rng.normal(size=(2, n))), torch.tensor(rng.integers(0, 4, size=(2, n)).astype(float))
-    weights[:, 0] += 1.0
-    for value, row, weight in zip(weighted_median(values, weights), values, weights, strict=True):
-        half = weight.sum() / 2
-        assert weight[row <= value].sum() >= half
-        assert weight[row < value].sum() < half
-        assert weight[row == value].sum() > 0
-
-
-def test_a_gradient_that_is_rounding_has_no_vote():
-    """As that of an attention's key bias, which differs between one process and two."""
-    big, loud, noise = (torch.ones(n, requires_grad=True) for n in (4, 4, 900))
-    other, rest = (torch.ones(4, requires_grad=True) for _ in range(2))
-    heard, alone = ElraAdamW([big, loud, noise]), ElraAdamW([other, rest])
-    for step in range(6):
-        big.grad = other.grad = torch.tensor([0.1, -0.2, 0.3, 0.1]) * (1 + step)
-        loud.grad = rest.grad = torch.tensor([0.1, 0.2, -0.3, 0.1]) * (1 - 0.4 * step)
-        noise.grad = torch.full((900,), 1e-9 * (-1) ** step)
-        for optimizer in (heard, alone):
-            optimizer.step()
-    assert heard.param_groups[0]["cos"] == alone.param_groups[0]["cos"]
-    assert heard.param_groups[0]["alpha"] == pytest.approx(alone.param_groups[0]["alpha"].item())
 
 
 @every
@@ -233,7 +176,7 @@ def test_cost_does_not_depend_on_the_step(cls):
         (ElraP2Min, 8),
         (lambda ps: ElraP2Min(ps, betas=(0, 0)), 4),
         (lambda ps: ElraC2Min(ps, betas=(0.8, 0.0)), 4),
-        (ElraAdamW, 8),
+        (ElraAdamW, 12),
     ],
 )
 def test_memory(make, bytes_a_parameter):
@@ -243,7 +186,7 @@ def test_memory(make, bytes_a_parameter):
         (x**2).sum().backward()
         optimizer.step()
     state = sum(t.nbytes for t in optimizer.state[x].values())
-    assert state - 1000 * bytes_a_parameter <= 8  # one counter
+    assert state - 1000 * bytes_a_parameter <= 8  # counters
 
 
 @every
@@ -288,18 +231,6 @@ def test_rate_rule_without_information_is_left_alone():
     assert optimizer.param_groups[0]["alpha"].item() == pytest.approx(1e-5)
 
 
-@every
-def test_foreach_and_loop_agree_bit_for_bit(cls):
-    models = [net(dtype=torch.float64) for _ in range(2)]
-    optimizers = [
-        cls(m.parameters(), lr=1e-3, foreach=f, weight_decay=0.01) for m, f in zip(models, (True, False), strict=True)
-    ]
-    losses = [train(m, o, range(50)) for m, o in zip(models, optimizers, strict=True)]
-    assert losses[0] == losses[1]
-    assert torch.equal(flat(models[0]), flat(models[1]))
-    assert same(snapshot(optimizers[0]), snapshot(optimizers[1]))
-
-
 @pytest.mark.parametrize("lr", [1e-8, 1e-6, 3e-4, 1e-2, 1.0])
 def test_elra_adamw_takes_its_first_rate_from_the_weights(lr):
     """Whatever ``lr`` is, the run is the same."""
@@ -339,7 +270,7 @@ def test_a_warm_up_is_waited_for():
     warming, group = scheduled(lambda share: min(1.0, share), 15)
     constant, _ = scheduled(lambda _: 1.0, 15)
     assert warming[-1] / warming[0] < 0.1 * constant[-1] / constant[0]
-    assert group["clock"] == pytest.approx(0.01 * sum(range(14)))
+    assert group["elra_clock"] == pytest.approx(0.01 * sum(range(14)))
 
 
 def decayed(cls, seed):
@@ -374,15 +305,3 @@ def test_a_rate_that_is_too_high_falls_in_a_decay_too(cls, seed, request):
 def test_a_constant_share_of_the_rate_adapts_too(share):
     alphas, _ = scheduled(lambda _: share, 50)
     assert len(set(alphas)) > 20
-
-
-def test_elra_adamw_stays_below_the_size_of_the_weights():
-    """Where the gradient vanishes without a turn, as on separable data, the rate would otherwise grow for ever."""
-    model = net(dtype=torch.float64)
-    optimizer = ElraAdamW(model.parameters())
-    for _ in range(400):
-        optimizer.zero_grad()
-        loss_of(model, 0).backward()
-        optimizer.step()
-    group = optimizer.param_groups[0]
-    assert group["alpha"].item() <= 0.5 * group["scale"].item() * (1 + 1e-6)
