@@ -148,6 +148,28 @@ def settings(run: Run) -> dict[str, object]:
     }
 
 
+def row_of(run: Run, part: str, metrics: Sequence[str]) -> dict[str, str]:
+    """What a run reached, column by column; ``part`` is the prefix of the metrics."""
+    return {
+        "optimizer": run.args.optim.value,
+        "first rate": f"{run.args.learning_rate:g}",
+        "median rate": f"{statistics.median(value for _, value in series(run.log, 'learning_rate')):.2g}",
+        **{name: f"{run.metrics[f'{part}_{name}']:.4f}" for name in metrics},
+        "train loss": f"{run.metrics['train_loss']:.4f}",
+        "seconds": f"{run.metrics['train_runtime']:.0f}",
+    }
+
+
+def results(rows: Sequence[Mapping[str, str]], title: str) -> Table:
+    """The rows as a table to show."""
+    table = Table(box=box.SIMPLE, title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=column == "optimizer")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def report(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     """Print what each run reached side by side, and write the same rows to ``results.csv`` in the first one's folder."""
     first = runs[0]
@@ -155,21 +177,9 @@ def report(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     if len(runs) > 1:
         plot_rates({each.args.optim.value: each.log for each in runs}, folder / "compare.png")
     (folder / "results.csv").unlink(missing_ok=True)
-    table = Table(box=box.SIMPLE, title=f"measured on the {PARTS[first.part]} data")
-    for each in runs:
-        row = {
-            "optimizer": each.args.optim.value,
-            "first rate": f"{each.args.learning_rate:g}",
-            "median rate": f"{statistics.median(value for _, value in series(each.log, 'learning_rate')):.2g}",
-            **{name: f"{each.metrics[f'{first.part}_{name}']:.4f}" for name in metrics},
-            "train loss": f"{each.metrics['train_loss']:.4f}",
-            "seconds": f"{each.metrics['train_runtime']:.0f}",
-        }
+    rows = [row_of(each, first.part, metrics) for each in runs]
+    for row in rows:
         append(folder / "results.csv", row)
-        if not table.columns:
-            for column in row:
-                table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=column == "optimizer")
-        table.add_row(*row.values())
-    show(table)
+    show(results(rows, f"measured on the {PARTS[first.part]} data"))
     for each in runs:
         print(f"{each.args.optim.value}: card {each.args.output_dir}/README.md, picture {each.args.output_dir}/rate.png")

@@ -14,8 +14,8 @@ from elra_hf import ElraAdamW
 from recipes.cli import show
 from recipes.image_classification.train import results as images
 from recipes.sweep import table
-from recipes.text_classification.train import Run
-from recipes.text_classification.train import results as texts
+from recipes.trainer import Run, row_of
+from recipes.trainer import results as texts
 
 LOG = [{"step": 1, "learning_rate": 1.25e-4}, {"step": 2, "learning_rate": 1.25e-4}]
 
@@ -29,7 +29,8 @@ def text_table():
         "train_runtime": 51,
     }
     names = ("elra_adamw", "adamw_torch_fused", "schedule_free_adamw")
-    return texts([Run(TrainingArguments("out", optim=name, use_cpu=True), LOG, metrics) for name in names])
+    runs = [Run(TrainingArguments("out", optim=name, use_cpu=True), LOG, metrics) for name in names]
+    return texts([row_of(run, "test", ("accuracy", "macro_f1")) for run in runs], "measured on the test data")
 
 
 def image_table():
@@ -44,7 +45,7 @@ def sweep_table():
 
 
 WORDS = {
-    text_table: "optimizer/first rate/median rate/accuracy/macro-F1/train loss/seconds/adamw_torch_fused/0.9123/0.6123",
+    text_table: "optimizer/first rate/median rate/accuracy/macro_f1/train loss/seconds/adamw_torch_fused/0.9123/0.6123",
     image_table: "optimizer/first rate/median rate/accuracy/train loss/seconds/ElraAdamW/0.9123/0.7123/0.6123",
     sweep_table: "optim/learning_rate/test_accuracy/test_macro_f1/train_runtime/elra_adamw/none given/0.160 ± 0.071",
 }
