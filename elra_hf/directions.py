@@ -9,7 +9,7 @@ tensors elsewhere, so that nothing waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -136,7 +136,7 @@ class Momentum:
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         letters = {"g": piece.g, "s": piece.state["way"], "m": piece.state.get("momentum")}
-        pairs = [(letters[a], letters[b]) for a, b in needs]
+        pairs = [(letters[need[0]], letters[need[1]]) for need in needs]
         return [piece.g.new_zeros(()) if x is None or y is None else dot(x, y) for x, y in pairs]
 
     def update(self, piece: Piece, counts: Counts, move: Move) -> None:
@@ -211,7 +211,7 @@ class SuccessiveGradients:
                 known[name] = piece.g.new_zeros(()) if x is None or y is None else dot(x, y)
             return known[name]
 
-        columns = {
+        columns: dict[str, Callable[[], Tensor]] = {
             "gg": lambda: product("gg"),
             "gp": lambda: past * product("gp"),
             "pp": lambda: past * product("pp"),

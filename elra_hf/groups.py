@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,6 +52,7 @@ class Groups(Optimizer):
     direction: Direction
     rule: Rule
     scope: str
+    process_group: dist.ProcessGroup | None
 
     @property
     def _cell_names(self) -> dict[str, float]:
@@ -201,12 +203,13 @@ class Groups(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch does, with numbers for the tensors of a group, and a counter for each parameter.
 
-        Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
+        Numbers, since they go into JSON and to any device (tensors stay with ``process_group``); a counter each, since distributed checkpoints load in place.
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
-            group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
+            if self.process_group is None:  # FSDP1's checkpoints take a group without a tensor for one thing
+                group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
         for key, state in state_dict["state"].items():
             state_dict["state"][key] = {
                 name: value.clone() if name in self.direction.counters else value for name, value in state.items()

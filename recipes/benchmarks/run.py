@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def own_version() -> str:
     """Version of elra_hf and a fingerprint of its source, which changes more often."""
-    files = sorted(Path(elra_hf.__file__).parent.glob("*.py"))
+    files = sorted(Path(elra_hf.__file__).parent.rglob("*.py"))
     return f"{elra_hf.__version__}+{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]}"
 
 

@@ -361,7 +361,7 @@ def report_growth(done: Done, _: Path) -> str:
         "- exponential 0.5: exp(c/2)\n"
         "- norms 0.5: 1 + c/2·min(1, ‖G_t‖/‖G_{t-1}‖)\n"
         "- p2min: 1/(1 - q), at most 2; q is the slope at the end of the last step over that at its start\n"
-        "- average: the package's defaults, by the cosine of the gradient with the way back to the average of the iterates\n\n"
+        "- average: the package's defaults, by the cosine of the gradient with the way to the average of the iterates\n\n"
         f"{OF_TASKS}\n\n{variant_tables(tuple(GROWTH), done)}"
     )
 
