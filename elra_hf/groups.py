@@ -198,18 +198,20 @@ class Groups(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
                     group.setdefault(name, value)
+            group.pop("elra_tensor", None)
             self._fill_group(group)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch does, with numbers for the tensors of a group, and a counter for each parameter.
 
-        Numbers, since they go into JSON and to any device (tensors stay with ``process_group``); a counter each, since distributed checkpoints load in place.
+        Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
-            if self.process_group is None:  # FSDP1's checkpoints take a group without a tensor for one thing
-                group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
+            group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
+            if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing
+                group["elra_tensor"] = torch.zeros((), device="cpu")
         for key, state in state_dict["state"].items():
             state_dict["state"][key] = {
                 name: value.clone() if name in self.direction.counters else value for name, value in state.items()

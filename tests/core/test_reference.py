@@ -90,9 +90,20 @@ def test_recorded_gradients(method, problem, dtype, tolerance):
         return recorded[t]
 
     expected_x, expected_alpha = reference(replay, x0, steps, alpha0=float(np.float32(1e-5)), **options)
+    # and what the rounding of the gradients alone makes of the reference: the slope along the way back is a difference
+    noise = np.random.default_rng(0).uniform(-1, 1, recorded.shape) * torch.finfo(dtype).eps
+    near_x, near_alpha = reference(
+        lambda t, x: recorded[t] * (1 + noise[t]), x0, steps, alpha0=float(np.float32(1e-5)), **options
+    )
     x, alpha = run(cls, {"lr": float(np.float32(1e-5)), **options}, replay, x0, steps, dtype)
-    assert error_alpha(alpha, expected_alpha).max() <= tolerance
-    assert error_x(x, expected_x).max() <= tolerance
+    for error, actual, near, expected in (
+        (error_alpha, alpha, near_alpha, expected_alpha),
+        (error_x, x, near_x, expected_x),
+    ):
+        rounding = np.maximum.accumulate(error(near, expected))
+        predictable = rounding < 0.01
+        assert predictable.sum() >= 50, "the comparison has become empty"
+        assert (error(actual, expected) <= tolerance + 30 * rounding)[predictable].all()
 
 
 @pytest.mark.parametrize("problem", X0)

@@ -37,7 +37,8 @@ def test_same_as_one_process(world, shape, variant, scope, kind, outcomes):
     truth = expected(shape, variant, scope)
     for outcome in outcomes(world, shape, variant, scope, kind):
         torch.testing.assert_close(outcome.x, truth.x, rtol=TOLERANCE, atol=TOLERANCE)
-        assert outcome.restarts == truth.restarts == [1.0] * len(truth.restarts)
+        assert outcome.restarts == truth.restarts
+        assert min(truth.restarts) >= 1.0
         if scope != "tensor":  # there a rank knows only the rates of its own
             for mine, theirs in zip(outcome.alphas, truth.alphas, strict=True):
                 assert mine == pytest.approx(theirs, rel=TOLERANCE)
