@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .rules import C2Min, P2Min, Tracking
     from .variants import ElraAdamW, ElraC2Min, ElraP2Min
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Elra": "optimizer",
