@@ -29,7 +29,7 @@ SCALARS = {
     "losses": 0.0,
 }
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
-PUBLIC = ("alpha", "cos", "restarts", "clamps", "effective_lr")
+PUBLIC = ("alpha", "cos", "restarts", "clamps", "scale", "effective_lr")
 # What is no tensor, beside the lr of the optimizer, what tells its checkpoints and which names of PUBLIC are ours: the lr that
 # all others refer to, the lr of the group at the schedule's full rate and the highest seen, positions that sat out the last
 # step, calls of step() up to 1.

@@ -25,7 +25,7 @@ SCRIPT = (sys.executable, "-m", "tests.lightning.cli_script")
 )
 def test_a_process_finds_the_optimizer(imports, name):
     (said,) = run([[*SCRIPT, imports, f"--optimizer={name}", "--optimizer.gain=0.4"]], timeout=100)
-    assert said.splitlines()[-1] == "ElraC2Min 1e-05 C2Min(gain=0.4, horizon=5.0)"
+    assert said.splitlines()[-1] == "ElraC2Min 1e-05 C2Min(gain=0.4, horizon=20.0)"
 
 
 class Model(Classifier):
