@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .directions import Direction
+from .pieces import SIZES
 from .rules import Rule
 
 # Of every optimizer, beside what its rule declares: 0-dim tensors in each group, with the values that a run starts from. They
@@ -57,7 +58,7 @@ class Groups(Optimizer):
     @property
     def _cell_names(self) -> dict[str, float]:
         """What is kept for each rate beside α, with start values: the sizes of the weights, and the memory of the rule."""
-        return {"scale": 0.0, "size": 0.0, **self.rule.memory}
+        return {"scale": 0.0, **dict.fromkeys(SIZES, 0.0), **self.rule.memory}
 
     @property
     def _scalars(self) -> dict[str, float]:

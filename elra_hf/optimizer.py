@@ -270,7 +270,7 @@ class Elra(Groups):
         state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
             values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
-            values[1:3] = 0.0, 0.0  # sizes are its own
+            values[1 : 2 + len(SIZES)] = [0.0] * (1 + len(SIZES))  # sizes are its own
             state["elra"] = torch.tensor(values, dtype=group["elra_alpha"].dtype, device=group["elra_alpha"].device)
         for name, dtype in self.direction.dtypes(p, group).items():
             state[name] = torch.zeros_like(p, dtype=dtype)
@@ -321,7 +321,7 @@ class Elra(Groups):
         that, the sizes of newborn tensors (see `SIZES`), and with ``check_sync`` ‖x_t‖².
         """
         needs, alpha = self._needs, before["alpha"]
-        columns = len(needs) + 1 + SIZES + self.check_sync
+        columns = len(needs) + 1 + len(SIZES) + self.check_sync
         # every rank enters every collective, also with nothing to add
         parts = {of: alpha.new_zeros(len(alpha), columns) for of in ranks}
         for bucket in buckets:
@@ -364,10 +364,12 @@ class Elra(Groups):
         if self._apart:
             dist.all_reduce(square, group=self.process_group)  # all restart, or none
         memory = {name: before[name] for name in self._cell_names}
-        logs, count, fans, entries, size = total[:, len(needs) + 1 : len(needs) + 1 + SIZES].unbind(1)
+        young = self._of_cells([group["elra_steps"] for group in groups]) == 0  # ranks and groups may be born one by one
+        for name, column in zip(SIZES, total[:, len(needs) + 1 :].unbind(1), strict=False):
+            memory[name] = memory[name] + young * column
+        logs, count, fans, entries, _ = (memory[name] for name in SIZES)
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
-        memory["scale"] = torch.where((memory["scale"] == 0) & (entries > 0), typical, memory["scale"])
-        memory["size"] = torch.where((memory["size"] == 0) & (entries > 0), size, memory["size"])
+        memory["scale"] = torch.where(entries > 0, typical, memory["scale"])
         weights, reached = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}

@@ -15,7 +15,7 @@ from torch import Tensor
 CPU_SIZES = (2**16, 2**12)
 DEVICE_SIZES = (2**27, 2**20)
 
-SIZES = 5  # see `Bucket.sizes`
+SIZES = ("logs", "count", "fans", "entries", "size")  # see `Bucket.sizes`
 
 Scalar = float | Tensor  # a float on the CPU, a 0-dim tensor where reading it would wait for the device
 
@@ -57,11 +57,11 @@ class Bucket:
         return torch.promote_types(self.params[0].dtype, torch.float32)
 
     def sizes(self) -> Tensor:
-        """How large the weights are, shape (`SIZES`,), in the first step; else 0.
+        """How large the weights are, shape (len(`SIZES`),), in the first step; else 0.
 
         Σ log|x| and the number of its terms, entries that are not 0; Σ log(1/√fan-in) and the number of all entries; Σ x².
         """
-        result = torch.zeros(SIZES, dtype=self.dtype, device=self.params[0].device)
+        result = torch.zeros(len(SIZES), dtype=self.dtype, device=self.params[0].device)
         if not self.new:
             return result
         for p, fan in zip(self.params, self.fans, strict=True):
