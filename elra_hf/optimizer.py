@@ -106,7 +106,7 @@ class Elra(Groups):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = True,
+        stochastic_rounding: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:

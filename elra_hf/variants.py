@@ -60,7 +60,7 @@ class ElraC2Min(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = True,
+        stochastic_rounding: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
@@ -118,7 +118,7 @@ class ElraP2Min(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = True,
+        stochastic_rounding: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
@@ -174,7 +174,7 @@ class ElraAdamW(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = True,
+        stochastic_rounding: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
