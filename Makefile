@@ -32,7 +32,7 @@ test-transformers4: .venv-tf4/.installed
 
 # in an environment of its own: DeepSpeed is built from source, and everything else must work without it
 test-deepspeed: .venv-ds/.installed
-	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py $(ARGS)
+	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

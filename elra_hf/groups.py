@@ -33,7 +33,7 @@ SCALARS = {
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "scale", "effective_lr")
 # What is no tensor, beside the lr of the optimizer, what tells its checkpoints and which names of PUBLIC are ours: the lr that
 # all others refer to, the lr of the group at the schedule's full rate and the highest seen, positions that sat out the last
-# step, calls of step() up to 1.
+# step, calls of step() up to 2.
 PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
 
 
@@ -88,6 +88,7 @@ class Groups(Optimizer):
             self.param_groups.pop()
             raise
         self._fill_group(group)
+        self._all_groups.append(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
@@ -107,6 +108,9 @@ class Groups(Optimizer):
     def _fill_group(self, group: dict[str, Any]) -> None:
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
+        # a group may be empty for a while, as on ranks that hold nothing of it, and must not round the others' numbers then
+        wide = not group["params"] or any(map(is_wide, group["params"]))
+        dtype = torch.float64 if wide else torch.float32
         ours = " ".join(name for name in PUBLIC if name not in group)
         lr = first.get("elra_lr", float(self.defaults["lr"]))
         for name, value in {**PLAIN, "elra_kind": self._kind, "elra_shown": ours, "elra_lr": lr}.items():
@@ -117,7 +121,7 @@ class Groups(Optimizer):
             if value is None and name != "multiplier":  # the last move of a late group has no length
                 value = first.get(key)
             # whatever the default device is; the step brings it to what all parameters call for, not those of this group alone
-            value = torch.tensor(start if value is None else float(value), dtype=torch.float64, device="cpu")
+            value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")
             if not isinstance(group.get(key), Tensor):
                 group[key] = value
         self._show(group)
@@ -142,23 +146,26 @@ class Groups(Optimizer):
         schedule can only hold a rate down: what it writes counts as a share of the highest lr so far, ``initial_lr`` and
         ``max_lr`` of torch's schedulers included.
         """
+        # DeepSpeed ZeRO takes groups away from param_groups while it steps another one
+        known = [*self._all_groups, *(each for each in self.param_groups if not any(each is one for one in self._all_groups))]
         own = float(self.param_groups[0]["elra_lr"])  # a scheduler fills a tensor lr in place
-        for group in self.param_groups:
+        for group in known:
             lr = number(group["lr"])
             if group["elra_full"] is None:
                 full = number(group.get("max_lr", group.get("initial_lr", lr)))
                 if isinstance(full, Tensor) or full > 0.0:
                     group["elra_full"] = group["elra_top"] = full.clone() if isinstance(full, Tensor) else full
-        fulls = [float(f) for group in self.param_groups if isinstance(f := group["elra_full"], float)]
-        base = next((b for group in self.param_groups if (b := group["elra_base"]) is not None), None)
+        fulls = [float(f) for group in known if isinstance(f := group["elra_full"], float)]
+        base = next((b for group in known if (b := group["elra_base"]) is not None), None)
         if base is None and fulls:
             base = own if any(math.isclose(full, own, rel_tol=1e-6) for full in fulls) else min(fulls)
             if base != own:  # as if it had been the optimizer's
-                for group in self.param_groups:
+                for group in known:
                     group["elra_alpha"].fill_(base)
+        for group in known:
+            group["elra_base"] = base
         shares: list[tuple[Any, Any]] = []
         for group in self.param_groups:
-            group["elra_base"] = base
             lr, full, top = number(group["lr"]), group["elra_full"], group["elra_top"]
             if full is None:
                 shares.append((0.0, 0.0))
@@ -192,6 +199,7 @@ class Groups(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._all_groups = list(self.param_groups)
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("dealt", None)
         self.__dict__.setdefault("check_sync", False)

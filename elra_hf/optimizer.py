@@ -147,6 +147,7 @@ class Elra(Groups):
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
         }
+        self._all_groups: list[dict[str, Any]] = []
         super().__init__(params, defaults)
 
     @overload
@@ -232,7 +233,9 @@ class Elra(Groups):
                 if not state:
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
-                new = any(state["step"] is fresh["step"] for fresh in newborn.values())
+                # a mean of logarithms bears no numbers by chance; one of squares hardly changes
+                padded = self.process_group is not None and self.dealt is None and self.direction.relative
+                new = any(state["step"] is fresh["step"] for fresh in newborn.values()) or (padded and group["elra_calls"] < 2)
                 key = (
                     (member,)
                     if self.scope == "tensor"
@@ -249,6 +252,7 @@ class Elra(Groups):
                         ranks[member],
                         position in idle,
                         new,
+                        padded,
                         {n: [] for n in names},
                     )
                 bucket = buckets[key]
@@ -495,7 +499,7 @@ class Elra(Groups):
                 "multiplier": torch.where(bad, 0.0, torch.where(taken, now, group["elra_multiplier"])),
             }
             group |= {f"elra_{name}": value for name, value in own.items()}
-            group["elra_calls"] = 1
+            group["elra_calls"] = min(group["elra_calls"] + 1, 2)
             self._show(group)
 
 

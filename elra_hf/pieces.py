@@ -32,7 +32,8 @@ class Bucket:
             direction counts; 0-dim float32 on the bucket's device.
         ranks: the groups of ranks that hold the rest of them.
         idle: the tensors had no gradient in the last step, so it did not move them.
-        new: this is their first step.
+        new: this is their first step, or of slices one of their first two, of which one may have no gradient.
+        padded: slices of FSDP1 or ZeRO, which may hold anything where there is no gradient.
         state: the direction's tensors by name.
         params: x_t.
         grads: G_t as autograd left it.
@@ -46,6 +47,7 @@ class Bucket:
     ranks: tuple[Any, ...]
     idle: bool
     new: bool
+    padded: bool
     state: dict[str, list[Tensor]]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -64,12 +66,13 @@ class Bucket:
         result = torch.zeros(len(SIZES), dtype=self.dtype, device=self.params[0].device)
         if not self.new:
             return result
-        for p, fan in zip(self.params, self.fans, strict=True):
-            used, n = p != 0, p.numel()
-            logs = torch.where(used, p.abs().to(self.dtype), 1.0).log().sum()
-            known = torch.stack([logs, used.sum().to(self.dtype), p.to(self.dtype).square().sum()])
-            result[[0, 1, 4]] += known
-            result[2:4] += result.new_tensor([-0.5 * n * math.log(fan), n]) if n else 0.0
+        for p, g, fan in zip(self.params, self.grads, self.fans, strict=True):
+            x = torch.where(g != 0, p, 0.0) if self.padded else p
+            used, entries = x != 0, (g != 0).sum() if self.padded else x.new_ones((), dtype=torch.int64) * x.numel()
+            logs = torch.where(used, x.abs().to(self.dtype), 1.0).log().sum()
+            fans = -0.5 * math.log(fan) * entries
+            numbers = (logs, used.sum(), fans, entries, x.to(self.dtype).square().sum())
+            result += torch.stack([number.to(self.dtype) for number in numbers])
         return result
 
     def pieces(self) -> Iterator[Piece]:
