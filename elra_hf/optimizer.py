@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import kernels
 from .directions import Direction, Move
 from .groups import Groups, is_wide
 from .pieces import SIZES, Bucket, dot
@@ -236,14 +237,15 @@ class Elra(Groups):
                 # a mean of logarithms bears no numbers by chance; one of squares hardly changes
                 padded = self.process_group is not None and self.dealt is None and self.direction.relative
                 new = any(state["step"] is fresh["step"] for fresh in newborn.values()) or (padded and group["elra_calls"] < 2)
+                tensors = {name: real(state[name]) for name in self.direction.dtypes(p, group)}
+                native = kernels.native.takes(self.direction, real(p), list(tensors.values()))
                 key = (
                     (member,)
                     if self.scope == "tensor"
-                    else (index, p.device, p.dtype, id(state["step"]), position in idle, ranks[member])
+                    else (index, p.device, p.dtype, id(state["step"]), position in idle, ranks[member], native)
                 )
                 if key not in buckets:
                     counts = {name: state[name] for name in self.direction.counters}
-                    names = self.direction.dtypes(p, group)
                     buckets[key] = Bucket(
                         index,
                         self._cell(index, member),
@@ -253,14 +255,15 @@ class Elra(Groups):
                         position in idle,
                         new,
                         padded,
-                        {n: [] for n in names},
+                        native,
+                        {name: [] for name in tensors},
                     )
                 bucket = buckets[key]
                 bucket.params.append(real(p))
                 bucket.grads.append(real(gradient(p)))
                 bucket.fans.append(p.numel() // p.shape[0] if p.ndim > 1 and p.numel() else 1)
-                for name, tensors in bucket.state.items():
-                    tensors.append(real(state[name]))
+                for name, tensor in tensors.items():
+                    bucket.state[name].append(tensor)
             group["elra_idle"] = " ".join(absent)
         return list(buckets.values())
 
@@ -331,8 +334,7 @@ class Elra(Groups):
         for bucket in buckets:
             *values, last = read(bucket, *bucket.counts.values(), self._last(bucket, alpha))
             counts = dict(zip(bucket.counts, values, strict=True))
-            found = [torch.stack(self.direction.measure(piece, counts, last, needs)) for piece in bucket.pieces()]
-            rows = torch.stack(found).to(alpha).sum(0)
+            rows = kernels.measure(self.direction, bucket, counts, last, needs).to(alpha)
             row = [
                 rows * self._metric(bucket, shares[bucket.index][0]),
                 rows[-1:],
@@ -437,9 +439,7 @@ class Elra(Groups):
             counts = dict(zip(bucket.counts, values, strict=True))
             move = Move(rate, lost if bucket.group["weight_decay"] else None, taken, back, kept, last)
             if not isinstance(taken, float) or taken or not kept:
-                for piece in bucket.pieces():
-                    self.direction.update(piece, counts, move)
-                    piece.close()
+                kernels.update(self.direction, bucket, counts, move)
             counted[id(bucket.counts["step"])] = bucket, move, counts
         for bucket, move, counts in counted.values():
             for name, value in self.direction.count(bucket.group, counts, move).items():

@@ -34,6 +34,7 @@ class Bucket:
         idle: the tensors had no gradient in the last step, so it did not move them.
         new: this is their first step, or of slices one of their first two, of which one may have no gradient.
         padded: slices of FSDP1 or ZeRO, which may hold anything where there is no gradient.
+        native: the compiled kernels can work on them.
         state: the direction's tensors by name.
         params: x_t.
         grads: G_t as autograd left it.
@@ -48,6 +49,7 @@ class Bucket:
     idle: bool
     new: bool
     padded: bool
+    native: bool
     state: dict[str, list[Tensor]]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
