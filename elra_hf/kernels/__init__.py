@@ -26,7 +26,7 @@ def measure(direction: Direction, bucket: Bucket, counts: Counts, last: Scalar, 
 
 def update(direction: Direction, bucket: Bucket, counts: Counts, move: Move) -> None:
     """Take the step of a bucket."""
-    if bucket.native and move.taken and not move.back:
+    if bucket.native and move.taken and not move.back and not isinstance(move.decay, Tensor):
         native.update(direction, bucket, direction.numbers(bucket.group, counts, move.rate), move.decay)
         return
     for piece in bucket.pieces():

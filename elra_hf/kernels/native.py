@@ -33,15 +33,13 @@ WORTH_A_THREAD = 8  # pieces
 class Tensors(ctypes.Structure):
     """The tensors of a bucket as native.c sees them."""
 
-    _fields_ = [("count", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("sizes", "p", "g", "way", "mean", "variance"))]  # noqa: RUF012
+    _fields_ = [("count", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("sizes", "p", "g", "way", "mean", "variance"))]
 
 
 class CNumbers(ctypes.Structure):
     """`Numbers` as native.c sees them."""
 
-    _fields_ = [  # noqa: RUF012
-        (n, ctypes.c_float) for n in ("sign", "beta1", "beta2", "eps", "fresh", "first", "rate", "decay", "share")
-    ]
+    _fields_ = [(n, ctypes.c_float) for n in ("sign", "beta1", "beta2", "eps", "fresh", "first", "rate", "decay", "share")]
 
 
 @functools.cache
@@ -60,7 +58,9 @@ def library() -> ctypes.CDLL | None:
 def _build(compiler: str) -> Path:
     """Compile native.c unless this machine has; a home folder may be shared by machines with other processors."""
     info = Path("/proc/cpuinfo")
-    processor = next((x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))), "") if info.exists() else ""
+    processor = (
+        next((x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))), "") if info.exists() else ""
+    )
     key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.platform(), platform.processor(), processor))
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
     built = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -68,7 +68,9 @@ def _build(compiler: str) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / "native.so"
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(fresh), "-lm"], check=True, capture_output=True, timeout=120)
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh), "-lm"], check=True, capture_output=True, timeout=120
+            )
             fresh.replace(built)  # at once, for others may be at it
     return built
 
@@ -78,7 +80,10 @@ def takes(direction: Direction, p: Tensor, state: list[Tensor]) -> bool:
     return (
         type(direction) in OPS
         and all(
-            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter)
+            t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and t.is_contiguous()
+            and type(t) in (Tensor, torch.nn.Parameter)
             for t in (p, *state)
         )
         and not torch.compiler.is_compiling()
