@@ -118,11 +118,11 @@ class Gatherer(Groups):
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
                 x, tensors = real(p), {name: real(state[name]) for name in self.direction.dtypes(p, group)}
-                native = kernels.native.takes(self.direction, x, list(tensors.values()))
+                chosen = kernels.choose(self.direction, x, tensors, group)
                 key = (
                     (member,)
                     if self.scope == "tensor"
-                    else (index, p.device, p.dtype, id(state["step"]), position in idle, ranks[member], native)
+                    else (index, p.device, p.dtype, id(state["step"]), position in idle, ranks[member], chosen)
                 )
                 if key not in buckets:
                     # a mean of logarithms bears no numbers by chance; one of squares hardly changes
@@ -137,7 +137,7 @@ class Gatherer(Groups):
                         idle=position in idle,
                         new=young or (padded and group["elra_calls"] < 2),
                         padded=padded,
-                        native=native,
+                        kernels=chosen,
                         state={name: [] for name in tensors},
                     )
                 bucket = buckets[key]

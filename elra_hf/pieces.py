@@ -36,11 +36,12 @@ class Bucket:
         idle: the tensors had no gradient in the last step, so it did not move them.
         new: this is their first step, or of slices one of their first two, of which one may have no gradient.
         padded: slices of FSDP1 or ZeRO, which may hold anything where there is no gradient.
-        native: the compiled kernels can work on them.
+        kernels: which can work on them, see `kernels.choose`.
         state: the direction's tensors by name.
         params: x_t.
         grads: G_t as autograd left it.
         fans: fan-in of each, 1 for vectors.
+        tables: what kernels keep from the measurement for the update.
     """
 
     index: int
@@ -51,11 +52,12 @@ class Bucket:
     idle: bool
     new: bool
     padded: bool
-    native: bool
+    kernels: str
     state: dict[str, list[Tensor]]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     fans: list[int] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
 
     def add(self, p: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
         """Put a parameter in."""
@@ -68,6 +70,7 @@ class Bucket:
         """Let go of all tensors, for a wrapper may want their memory between the steps."""
         for tensors in (self.params, self.grads, *self.state.values()):
             tensors.clear()
+        self.tables.clear()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions import Adam, Direction, Momentum, Numbers
-from ..pieces import Bucket
+from ..directions import Adam, Direction, Momentum, Move, Numbers
+from ..pieces import PLAIN_TENSORS, Bucket
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.c")
@@ -46,7 +46,7 @@ class CNumbers(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built in the user's cache folder on first use; None where that cannot be done."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    if os.environ.get("ELRA_KERNELS") == "plain" or compiler is None:
+    if compiler is None:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
@@ -75,34 +75,28 @@ def _build(compiler: str) -> Path:
     return built
 
 
-def takes(direction: Direction, p: Tensor, state: list[Tensor]) -> bool:
+def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
     """Whether the kernels can work on the parameter ``p`` with this state."""
+    tensors = (p, *state.values())
     return (
         type(direction) in OPS
-        and all(
-            t.dtype == torch.float32
-            and t.device.type == "cpu"
-            and t.is_contiguous()
-            and type(t) in (Tensor, torch.nn.Parameter)
-            for t in (p, *state)
-        )
-        and not torch.compiler.is_compiling()
+        and all(t.dtype == torch.float32 and t.is_contiguous() and type(t) in PLAIN_TENSORS for t in tensors)
         and library() is not None
     )
 
 
 def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
     """The inner products by name, 0-dim."""
-    return dict(zip(PRODUCTS, _run(OPS[type(direction)][0], bucket, numbers, None).unbind(), strict=True))
+    return dict(zip(PRODUCTS, _run(OPS[type(direction)][0], bucket, numbers, 0.0).unbind(), strict=True))
 
 
-def update(direction: Direction, bucket: Bucket, numbers: Numbers, decay: float | None) -> None:
+def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -> None:
     """Take a step that neither undoes another nor is refused."""
-    _run(OPS[type(direction)][1], bucket, numbers, decay)
+    _run(OPS[type(direction)][1], bucket, numbers, 0.0 if move.decay is None else float(move.decay))
     torch.autograd.graph.increment_version(bucket.params)
 
 
-def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float | None) -> Tensor:
+def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
     lib = library()
     assert lib is not None
     grads = [g if g.dtype == torch.float32 and g.is_contiguous() else g.float().contiguous() for g in bucket.grads]
@@ -120,7 +114,7 @@ def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float | None) -> Tens
     arrays += [(ctypes.c_int64 * count)(*([t.data_ptr() for t in column] if column else ())) for column in columns]
     tensors = Tensors(count, *map(ctypes.addressof, arrays))
     sign = -1.0 if bucket.group["maximize"] else 1.0
-    c = CNumbers(sign, *map(float, numbers[:6]), decay or 0.0, float(numbers.share))
+    c = CNumbers(sign, *map(float, numbers[:6]), decay, float(numbers.share))
     sums = torch.zeros(pieces, len(PRODUCTS), dtype=torch.float64)
     out = ctypes.c_void_p(sums.data_ptr())
 
