@@ -176,7 +176,7 @@ class Elra(Judge):
         needs, alpha = self._needs, before["alpha"]
         columns = len(needs) + 1 + len(SIZES) + self.check_sync
         # every rank enters every collective, also with nothing to add
-        parts = {of: alpha.new_zeros(len(alpha), columns) for of in ranks}
+        parts = {of: alpha.new_zeros(len(alpha), columns) for of in dict.fromkeys(ranks)}
         for bucket in buckets:
             *values, last = read(bucket, *bucket.counts.values(), self._last(bucket, alpha))
             counts = dict(zip(bucket.counts, values, strict=True))
