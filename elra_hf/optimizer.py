@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .directions import Direction, Move
-from .groups import Groups, is_wide
+from .groups import Groups, check_number, is_wide
 from .pieces import SIZES, Bucket, dot
 from .reduce import Groups as Ranks
 from .reduce import all_sum, gradient, groups_of, is_bare, local, require_same
@@ -126,7 +126,7 @@ class Elra(Groups):
             )
         if not 0.0 < restart_factor < 1.0:
             raise ValueError(f"restart_factor={restart_factor!r} is invalid: give a factor in (0, 1), e.g. 1/3")
-        if not (math.isfinite(float(lr)) and float(lr) > 0.0):
+        if not check_number("lr", lr) > 0.0:
             raise ValueError(
                 f"lr={lr!r} is invalid: it is the first rate and must be positive, e.g. 1e-5. "
                 "To hold a parameter group still, set lr=0 in that group only"
