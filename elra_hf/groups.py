@@ -22,7 +22,6 @@ SCALARS = {
     "cos": 0.0,
     "restarts": 0.0,
     "clamps": 0.0,
-    "steps": 0.0,
     "longest": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,
@@ -74,8 +73,8 @@ class Groups(Optimizer):
 
     @property
     def _cell_names(self) -> dict[str, float]:
-        """What is kept for each rate beside α, with start values: the sizes of the weights, and the memory of the rule."""
-        return {"scale": 0.0, **dict.fromkeys(SIZES, 0.0), **self.rule.memory}
+        """What is kept for each rate beside α, with start values: sizes of the weights, steps taken, the memory of the rule."""
+        return {"scale": 0.0, **dict.fromkeys(SIZES, 0.0), "steps": 0.0, **self.rule.memory}
 
     @property
     def _scalars(self) -> dict[str, float]:
@@ -90,7 +89,7 @@ class Groups(Optimizer):
     # ---- groups -----------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, also in mid-training: it then starts at the rate reached so far."""
+        """Add a group, also in mid-training: it then shares the rate, or under other scopes finds its own."""
         # a group of another optimizer's brings its state along, which is not this one's
         mine = {
             name
@@ -133,7 +132,8 @@ class Groups(Optimizer):
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
             value = group.get(key)
-            if value is None and name != "multiplier":  # the last move of a late group has no length
+            shared = name not in self._cell_names or self.scope == "global"
+            if value is None and shared and name != "multiplier":  # the last move of a late group has no length
                 value = first.get(key)
             # whatever the default device is; the step brings it to what all parameters call for, not those of this group alone
             value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")

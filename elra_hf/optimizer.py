@@ -189,7 +189,7 @@ class Elra(Groups):
                 seen = torch.stack([total, parts.get((), total)])
                 n = len(self._needs)
                 # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
-                require_same(seen[..., n + 1 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
+                require_same(seen[..., n + 3 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
             self._update(buckets, verdict, shares)
             self._publish(params, verdict, shares)
         return result
@@ -273,8 +273,7 @@ class Elra(Groups):
         fresh = {name: torch.zeros((), dtype=dtype, device=p.device) for name in self.direction.counters}
         state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
-            values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
-            values[1 : 2 + len(SIZES)] = [0.0] * (1 + len(SIZES))  # sizes are its own
+            values = [float(group["elra_alpha"]), *self._cell_names.values()]  # what it knows is its own
             state["elra"] = torch.tensor(values, dtype=group["elra_alpha"].dtype, device=group["elra_alpha"].device)
         for name, dtype in self.direction.dtypes(p, group).items():
             state[name] = torch.zeros_like(p, dtype=dtype)
@@ -321,11 +320,12 @@ class Elra(Groups):
     ) -> dict[Ranks, Tensor]:
         """This rank's inner products of each cell, by the groups of ranks that hold the rest of them, shape (cells, columns).
 
-        The columns are `_needs` in a metric in which a group that moves w times as far counts w times, ``gg`` once more without
-        that, the sizes of newborn tensors (see `SIZES`), and with ``check_sync`` ‖x_t‖².
+        The columns are `_needs` in a metric in which a group that moves w times as far counts w times; without that ``gg`` of
+        all, of what the last step moved where others have rates of their own, and of what may move at all; the sizes of
+        newborn tensors (see `SIZES`); and with ``check_sync`` ‖x_t‖².
         """
         needs, alpha = self._needs, before["alpha"]
-        columns = len(needs) + 1 + len(SIZES) + self.check_sync
+        columns = len(needs) + 3 + len(SIZES) + self.check_sync
         # every rank enters every collective, also with nothing to add
         parts = {of: alpha.new_zeros(len(alpha), columns) for of in ranks}
         for bucket in buckets:
@@ -333,10 +333,11 @@ class Elra(Groups):
             counts = dict(zip(bucket.counts, values, strict=True))
             found = [torch.stack(self.direction.measure(piece, counts, last, needs)) for piece in bucket.pieces()]
             rows = torch.stack(found).to(alpha).sum(0)
+            full, known = shares[bucket.index][0], self.scope == "global" or not (bucket.new or bucket.idle)
             row = [
-                rows * self._metric(bucket, shares[bucket.index][0]),
-                rows[-1:],
-                bucket.sizes().to(alpha) * (shares[bucket.index][0] > 0),
+                rows * self._metric(bucket, full),
+                rows[-1:].expand(3) * torch.stack([torch.ones_like(full), torch.full_like(full, known), (full > 0).to(full)]),
+                bucket.sizes().to(alpha) * (full > 0),
             ]
             if self.check_sync:
                 row.append(
@@ -364,23 +365,24 @@ class Elra(Groups):
     ) -> Verdict:
         """Let the rule adapt the rates; restart, or bound them."""
         needs, alpha, groups = self._needs, before["alpha"], self.param_groups
-        square = total[:, len(needs)].sum()
+        live = total[:, len(needs) + 2] != 0
+        squares = total[:, len(needs) : len(needs) + 2].sum(0)
         if self._apart:
-            dist.all_reduce(square, group=self.process_group)  # all restart, or none
+            dist.all_reduce(squares, group=self.process_group)  # all restart, or none
+        square, known = squares.unbind()
         memory = {name: before[name] for name in self._cell_names}
-        young = self._of_cells([group["elra_steps"] for group in groups]) == 0  # ranks and groups may be born one by one
-        for name, column in zip(SIZES, total[:, len(needs) + 1 :].unbind(1), strict=False):
+        young = memory["steps"] == 0  # ranks, groups and tensors may be born one by one
+        for name, column in zip(SIZES, total[:, len(needs) + 3 :].unbind(1), strict=False):
             memory[name] = memory[name] + young * column
-        logs, count, fans, entries, _ = (memory[name] for name in SIZES)
+        logs, count, fans, entries, size = (memory[name] for name in SIZES)
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where(entries > 0, typical, memory["scale"])
         weights, reached = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
-        dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
-        dots |= {
-            "reached": self._of_cells(reached),
-            "steps": self._of_cells([group["elra_steps"] for group in groups]),
-        }
+        # weights that start at 0 count as what is drawn for others of their shape
+        dots |= {"scale": memory["scale"], "size": torch.where(size > 0, size, entries * typical.square())}
+        old = ~young  # before, nothing has moved that could say anything
+        dots |= {"steps": memory["steps"], "weight": old * self._of_cells(weights), "reached": old * self._of_cells(reached)}
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
@@ -388,9 +390,9 @@ class Elra(Groups):
         present = there[0]
         longest = present["elra_longest"]
         moving = torch.stack([group["elra_multiplier"] for group in there]).amax() > 0
-        exploded = exploded_norm(square, longest) & moving & self.direction.explodes
+        exploded = exploded_norm(known, longest) & moving & self.direction.explodes
         # so that a step along the new gradient is no longer than one along the longest was
-        shrink = torch.where(exploded, (longest / square).sqrt().clamp(max=self.restart_factor), self.restart_factor)
+        shrink = torch.where(exploded, (longest / known).sqrt().clamp(max=self.restart_factor), self.restart_factor)
         back = exploded
         if loss is not None:
             value = torch.zeros_like(square) + (loss.detach().reshape(()).to(square) if isinstance(loss, Tensor) else loss)
@@ -401,9 +403,10 @@ class Elra(Groups):
         bad = ~finite | back
         taken = some & ~bad
         adapted = torch.where(bad, alpha * shrink, decision.alpha)
-        adapted = torch.where(some & torch.isfinite(adapted), adapted, alpha)
+        adapted = torch.where(some & (live | young) & torch.isfinite(adapted), adapted, alpha)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alpha)
-        memory |= {name: torch.where(taken, value, memory[name]) for name, value in decision.memory.items()}
+        after = {**decision.memory, "steps": memory["steps"] + 1.0}
+        memory |= {name: torch.where(taken & live, value, memory[name]) for name, value in after.items()}
         return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
 
     def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
@@ -453,6 +456,7 @@ class Elra(Groups):
         of_groups = {name: self._of_cells([group[f"elra_{name}"] for group in self.param_groups]) for name in names}
         if self.scope != "tensor" or not params:
             return of_groups
+        of_groups["steps"] = torch.zeros_like(of_groups["steps"])  # of what has no state yet
         common = torch.stack(list(of_groups.values()), 1)
         rows = [self.state[p]["elra"].to(row) if self.state.get(p) else row for p, row in zip(params, common, strict=True)]
         return dict(zip(names, torch.stack(rows).unbind(1), strict=True))
@@ -481,8 +485,10 @@ class Elra(Groups):
                     if self.state.get(p):
                         self.state[p]["elra"] = row.clone()
                 seen = verdict.cos[start:stop].mean()
-                own = {name: value[start:stop].mean() for name, value in cells.items()}
-                own["alpha"] = verdict.alpha[start:stop].log().mean().exp()
+                born = (verdict.memory["steps"][start:stop] > 0).to(verdict.alpha)
+                means = {name: (born * value[start:stop]).sum() / born.sum() for name, value in cells.items()}
+                means["alpha"] = ((born * verdict.alpha[start:stop].log()).sum() / born.sum()).exp()
+                own = {name: torch.where(born.any(), mean, group[f"elra_{name}"]) for name, mean in means.items()}
                 start = stop
             else:
                 cell = self._cell(index, 0)
@@ -493,7 +499,6 @@ class Elra(Groups):
                 "cos": torch.where(taken, seen, group["elra_cos"]),
                 "restarts": group["elra_restarts"] + bad,
                 "clamps": group["elra_clamps"] + verdict.clamped,
-                "steps": group["elra_steps"] + taken,
                 "longest": torch.where(taken, longest, group["elra_longest"]),
                 "peak": torch.where(taken, peak, group["elra_peak"]),
                 "multiplier": torch.where(bad, 0.0, torch.where(taken, now, group["elra_multiplier"])),
