@@ -68,6 +68,7 @@ class Cells(Gatherer):
         of_groups = {name: self._of_cells([group[f"elra_{name}"] for group in self.param_groups]) for name in names}
         if self.scope != "tensor" or not params:
             return of_groups
+        of_groups["steps"] = torch.zeros_like(of_groups["steps"])  # of what has no state yet
         common = torch.stack(list(of_groups.values()), 1)
         rows = [self.state[p]["elra"].to(row) if self.state.get(p) else row for p, row in zip(params, common, strict=True)]
         return dict(zip(names, torch.stack(rows).unbind(1), strict=True))
@@ -96,8 +97,10 @@ class Cells(Gatherer):
                     if self.state.get(p):
                         self.state[p]["elra"] = row.clone()
                 seen = verdict.cos[start:stop].mean()
-                own = {name: value[start:stop].mean() for name, value in cells.items()}
-                own["alpha"] = verdict.alpha[start:stop].log().mean().exp()
+                born = (verdict.memory["steps"][start:stop] > 0).to(verdict.alpha)
+                means = {name: (born * value[start:stop]).sum() / born.sum() for name, value in cells.items()}
+                means["alpha"] = ((born * verdict.alpha[start:stop].log()).sum() / born.sum()).exp()
+                own = {name: torch.where(born.any(), mean, group[f"elra_{name}"]) for name, mean in means.items()}
                 start = stop
             else:
                 cell = self._cell(index, 0)
@@ -108,7 +111,6 @@ class Cells(Gatherer):
                 "cos": torch.where(taken, seen, group["elra_cos"]),
                 "restarts": group["elra_restarts"] + bad,
                 "clamps": group["elra_clamps"] + verdict.clamped,
-                "steps": group["elra_steps"] + taken,
                 "longest": torch.where(taken, longest, group["elra_longest"]),
                 "peak": torch.where(taken, peak, group["elra_peak"]),
                 "multiplier": torch.where(bad, 0.0, torch.where(taken, now, group["elra_multiplier"])),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .groups import Groups, is_wide
-from .pieces import PLAIN_TENSORS, SIZES, Bucket
+from .pieces import PLAIN_TENSORS, Bucket
 from .reduce import Groups as Ranks
 from .reduce import gradient, groups_of, is_bare, local
 
@@ -156,8 +156,7 @@ class Gatherer(Groups):
         fresh = {name: torch.zeros((), dtype=dtype, device=p.device) for name in self.direction.counters}
         state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
-            values = [float(group["elra_alpha"]), *(float(group[f"elra_{name}"]) for name in self._cell_names)]
-            values[1 : 2 + len(SIZES)] = [0.0] * (1 + len(SIZES))  # sizes are its own
+            values = [float(group["elra_alpha"]), *self._cell_names.values()]  # what it knows is its own
             state["elra"] = torch.tensor(values, dtype=group["elra_alpha"].dtype, device=group["elra_alpha"].device)
         for name, dtype in self.direction.dtypes(p, group).items():
             state[name] = torch.zeros_like(p, dtype=dtype)

@@ -28,23 +28,24 @@ class Judge(Cells):
     ) -> Verdict:
         """Let the rule adapt the rates; restart, or bound them."""
         needs, alpha, groups = self._needs, before["alpha"], self.param_groups
-        square = total[:, len(needs)].sum()
+        live = total[:, len(needs) + 2] != 0
+        squares = total[:, len(needs) : len(needs) + 2].sum(0)
         if self._apart:
-            dist.all_reduce(square, group=self.process_group)  # all restart, or none
+            dist.all_reduce(squares, group=self.process_group)  # all restart, or none
+        square, known = squares.unbind()
         memory = {name: before[name] for name in self._cell_names}
-        young = self._of_cells([group["elra_steps"] for group in groups]) == 0  # ranks and groups may be born one by one
-        for name, column in zip(SIZES, total[:, len(needs) + 1 :].unbind(1), strict=False):
+        young = memory["steps"] == 0  # ranks, groups and tensors may be born one by one
+        for name, column in zip(SIZES, total[:, len(needs) + 3 :].unbind(1), strict=False):
             memory[name] = memory[name] + young * column
-        logs, count, fans, entries, _ = (memory[name] for name in SIZES)
+        logs, count, fans, entries, size = (memory[name] for name in SIZES)
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where(entries > 0, typical, memory["scale"])
         weights, reached = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
-        dots |= {"scale": memory["scale"], "size": memory["size"], "weight": self._of_cells(weights)}
-        dots |= {
-            "reached": self._of_cells(reached),
-            "steps": self._of_cells([group["elra_steps"] for group in groups]),
-        }
+        # weights that start at 0 count as what is drawn for others of their shape
+        dots |= {"scale": memory["scale"], "size": torch.where(size > 0, size, entries * typical.square())}
+        old = ~young  # before, nothing has moved that could say anything
+        dots |= {"steps": memory["steps"], "weight": old * self._of_cells(weights), "reached": old * self._of_cells(reached)}
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
@@ -52,9 +53,9 @@ class Judge(Cells):
         present = there[0]
         longest = present["elra_longest"]
         moving = torch.stack([group["elra_multiplier"] for group in there]).amax() > 0
-        exploded = exploded_norm(square, longest) & moving & self.direction.explodes
+        exploded = exploded_norm(known, longest) & moving & self.direction.explodes
         # so that a step along the new gradient is no longer than one along the longest was
-        shrink = torch.where(exploded, (longest / square).sqrt().clamp(max=self.restart_factor), self.restart_factor)
+        shrink = torch.where(exploded, (longest / known).sqrt().clamp(max=self.restart_factor), self.restart_factor)
         back = exploded
         if loss is not None:
             value = torch.zeros_like(square) + (loss.detach().reshape(()).to(square) if isinstance(loss, Tensor) else loss)
@@ -65,9 +66,10 @@ class Judge(Cells):
         bad = ~finite | back
         taken = some & ~bad
         adapted = torch.where(bad, alpha * shrink, decision.alpha)
-        adapted = torch.where(some & torch.isfinite(adapted), adapted, alpha)
+        adapted = torch.where(some & (live | young) & torch.isfinite(adapted), adapted, alpha)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alpha)
-        memory |= {name: torch.where(taken, value, memory[name]) for name, value in decision.memory.items()}
+        after = {**decision.memory, "steps": memory["steps"] + 1.0}
+        memory |= {name: torch.where(taken & live, value, memory[name]) for name, value in after.items()}
         return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
 
     def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:

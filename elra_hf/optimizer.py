@@ -13,6 +13,7 @@ from torch import Tensor
 from . import kernels
 from .cells import Verdict
 from .directions import Direction, Move
+from .groups import check_number
 from .judge import Judge
 from .pieces import SIZES, Bucket, dot
 from .reduce import Groups as Ranks
@@ -93,7 +94,7 @@ class Elra(Judge):
             )
         if not 0.0 < restart_factor < 1.0:
             raise ValueError(f"restart_factor={restart_factor!r} is invalid: give a factor in (0, 1), e.g. 1/3")
-        if not (math.isfinite(float(lr)) and float(lr) > 0.0):
+        if not check_number("lr", lr) > 0.0:
             raise ValueError(
                 f"lr={lr!r} is invalid: it is the first rate and must be positive, e.g. 1e-5. "
                 "To hold a parameter group still, set lr=0 in that group only"
@@ -156,7 +157,7 @@ class Elra(Judge):
                 seen = torch.stack([total, parts.get((), total)])
                 n = len(self._needs)
                 # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
-                require_same(seen[..., n + 1 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
+                require_same(seen[..., n + 3 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
             self._update(buckets, verdict, shares)
             self._publish(params, verdict, shares)
         for bucket in buckets:
@@ -170,21 +171,23 @@ class Elra(Judge):
     ) -> dict[Ranks, Tensor]:
         """This rank's inner products of each cell, by the groups of ranks that hold the rest of them, shape (cells, columns).
 
-        The columns are `_needs` in a metric in which a group that moves w times as far counts w times, ``gg`` once more without
-        that, the sizes of newborn tensors (see `SIZES`), and with ``check_sync`` ‖x_t‖².
+        The columns are `_needs` in a metric in which a group that moves w times as far counts w times; without that ``gg`` of
+        all, of what the last step moved where others have rates of their own, and of what may move at all; the sizes of
+        newborn tensors (see `SIZES`); and with ``check_sync`` ‖x_t‖².
         """
         needs, alpha = self._needs, before["alpha"]
-        columns = len(needs) + 1 + len(SIZES) + self.check_sync
+        columns = len(needs) + 3 + len(SIZES) + self.check_sync
         # every rank enters every collective, also with nothing to add
         parts = {of: alpha.new_zeros(len(alpha), columns) for of in dict.fromkeys(ranks)}
         for bucket in buckets:
             *values, last = read(bucket, *bucket.counts.values(), self._last(bucket, alpha))
             counts = dict(zip(bucket.counts, values, strict=True))
             rows = kernels.measure(self.direction, bucket, counts, last, needs).to(alpha)
+            full, known = shares[bucket.index][0], self.scope == "global" or not (bucket.new or bucket.idle)
             row = [
-                rows * self._metric(bucket, shares[bucket.index][0]),
-                rows[-1:],
-                bucket.sizes().to(alpha) * (shares[bucket.index][0] > 0),
+                rows * self._metric(bucket, full),
+                rows[-1:].expand(3) * torch.stack([torch.ones_like(full), torch.full_like(full, known), (full > 0).to(full)]),
+                bucket.sizes().to(alpha) * (full > 0),
             ]
             if self.check_sync:
                 row.append(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -45,6 +45,15 @@ def options() -> Options:
     for name, default in vars(Options()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=" ")
     return Options(**vars(parser.parse_args()))
+
+
+def accelerator() -> Accelerator:
+    """On the CPU where there is nothing else. ``Accelerator(cpu=True)`` would switch DeepSpeed off."""
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)
+    made = Accelerator()
+    made.print(f"{made.num_processes} processes, {made.distributed_type.value}")
+    return made
 
 
 def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
@@ -86,13 +95,3 @@ def test_loss(accelerator: Accelerator, model: nn.Module, loader: DataLoader) ->
     losses = [accelerator.gather_for_metrics(model(input_ids=x, labels=x).loss.repeat(len(x))) for (x,) in loader]
     model.train()
     return torch.cat(losses).mean().item()
-
-
-def end(accelerator: Accelerator) -> None:
-    """Take leave of the other processes.
-
-    The barrier lets gloo's thread drop the tensors of the last gather, for which it needs the GIL. Otherwise torch may wait for
-    that thread while it holds the GIL, as the model of DistributedDataParallel dies, and the process never ends.
-    """
-    accelerator.wait_for_everyone()
-    accelerator.end_training()

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import os
 import shutil
 
 import numpy as np
@@ -13,8 +12,6 @@ from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, kernels
 from elra_hf.directions import Adam, Momentum, Move
 from elra_hf.kernels import native
 from elra_hf.pieces import Bucket
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
 SIZES = [(1,), (3, 5), (), (0,), (300, 70), (1025,), (17_000,)]
 NEEDS = ("gg", "gm", "gs", "mm", "ss")
