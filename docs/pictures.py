@@ -35,7 +35,9 @@ class Log:
     test: float
 
 
-def train(task: str, *, steps: int = 0, schedule: str = "linear", spoil: Callable[[Problem], Iterator[Batch]] | None = None) -> Log:
+def train(
+    task: str, *, steps: int = 0, schedule: str = "linear", spoil: Callable[[Problem], Iterator[Batch]] | None = None
+) -> Log:
     """Train a net of the benchmarks with ElraAdamW; ``spoil`` takes the place of its batches."""
     declared = find(task)
     problem = declared.build(1)
@@ -77,18 +79,18 @@ def broken_from_400(problem: Problem) -> Iterator[Batch]:
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """A running mean, which skips what is not a number."""
+    """A running mean; what is not a number is left out of it, and leaves a gap."""
     mean, weight, means = 0.0, 0.0, []
     for value in values:
         if np.isfinite(value):
             mean = SMOOTHING * mean + (1 - SMOOTHING) * value
             weight = SMOOTHING * weight + (1 - SMOOTHING)
-        means.append(mean / weight if weight else np.nan)
+        means.append(mean / weight if np.isfinite(value) else np.nan)
     return np.array(means)
 
 
-def compare(name: str, sick: tuple[str, Log], well: tuple[str, Log], third: str = "cosine") -> None:
-    """Draw two runs: loss, applied rate, and cosine or restarts."""
+def compare(name: str, sick: tuple[str, Log], well: tuple[str, Log], third: str = "cosine", first: int = 0) -> None:
+    """Draw two runs, or their ``first`` steps: loss, applied rate, and cosine or restarts."""
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, 3))
     for (label, log), color in ((well, WELL), (sick, SICK)):
@@ -97,11 +99,14 @@ def compare(name: str, sick: tuple[str, Log], well: tuple[str, Log], third: str 
         panels[0].plot(steps, smooth(log.loss), color=color, linewidth=1.4, label=label)
         panels[1].plot(steps, [value or np.nan for value in log.rate], color=color, linewidth=1.4)
         panels[2].plot(steps, smooth(log.cos) if third == "cosine" else log.restarts, color=color, linewidth=1.4)
-        print(f"{name:10} {label:28} test loss {log.test:.3f}, highest rate {max(log.rate):.1e}, restarts {log.restarts[-1]:.0f}")
+        print(
+            f"{name:10} {label:28} test loss {log.test:.3f}, highest rate {max(log.rate):.1e}, restarts {log.restarts[-1]:.0f}"
+        )
     for panel, title in zip(panels, ("loss of a batch", "applied rate", third), strict=True):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.tick_params(labelsize=8)
+        panel.set_xlim(right=first or None)
     panels[0].set_yscale("log")
     panels[1].set_yscale("log")
     if third == "cosine":
@@ -115,8 +120,9 @@ def symptoms() -> None:
     well = train("mnist-mlp")
     compare("healthy", ("constant schedule", train("mnist-mlp", schedule="constant")), ("linear schedule", well))
     compare("stuck", ("gradient lost in noise", train("mnist-mlp@gradient=100")), ("as it should be", well))
-    compare("rising", ("100 steps from afar", train("mnist-mlp", steps=30, schedule="constant")), ("800 steps", well))
-    compare("jumps", ("constant schedule", train("digits-cnn", schedule="constant")), ("linear schedule", train("digits-cnn")))
+    long = train("digits-cnn")
+    compare("rising", ("25 steps", train("digits-cnn", steps=25, schedule="constant")), ("600 steps", long), first=120)
+    compare("jumps", ("constant schedule", train("digits-cnn", schedule="constant")), ("linear schedule", long))
     compare("falling", ("one broken row", train("mnist-mlp", spoil=one_broken_row)), ("as it should be", well), "restarts")
     compare("nan", ("broken from step 400", train("mnist-mlp", spoil=broken_from_400)), ("as it should be", well), "restarts")
 
@@ -151,15 +157,17 @@ def question(name: str, rate: float, steps: int, wanted: float) -> None:
     figure = Figure(figsize=(3.6, 2.3), layout="constrained")
     panel: Axes = figure.subplots()
     x, y = np.meshgrid(np.linspace(-4.8, 2.2, 200), np.linspace(-2.0, 2.0, 200))
-    panel.contour(x, y, 0.5 * (SLOPES[0] * x**2 + SLOPES[1] * y**2), levels=[0.3, 1.5, 4, 8, 14, 22], colors="0.75", linewidths=0.8)
+    panel.contour(
+        x, y, 0.5 * (SLOPES[0] * x**2 + SLOPES[1] * y**2), levels=[0.3, 1.5, 4, 8, 14, 22], colors="0.75", linewidths=0.8
+    )
     panel.plot(*places.T, "o-", color="tab:blue", markersize=2.5, linewidth=0.8)
     panel.plot(*zip(average, here, strict=True), "--", color="black", linewidth=1.2)
     panel.plot(*average, "o", color="white", markeredgecolor="black", markersize=8)
     panel.plot(*here, "o", color="tab:blue", markersize=7)
     downhill = -1.3 * gradient / np.linalg.norm(gradient)
     panel.annotate("", here + downhill, here, arrowprops={"arrowstyle": "-|>", "color": "tab:red", "linewidth": 2})
-    panel.text(*(average + [-0.15, 0.28]), "x̄", ha="right", fontsize=11)
-    panel.text(*(here + [0.15, -0.42]), "x", fontsize=11)
+    panel.text(average[0] - 0.15, average[1] + 0.28, "x̄", ha="right", fontsize=11)
+    panel.text(here[0] + 0.15, here[1] - 0.42, "x", fontsize=11)
     panel.set_aspect("equal")
     panel.set_xticks([])
     panel.set_yticks([])

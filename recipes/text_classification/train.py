@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with ``--optim elra_c2min``: no learning rate to choose. See README.md for the commands."""
+"""Fine-tune a text classifier with ``--optim elra_adamw``: no learning rate to choose. See README.md for the commands."""
 
 from __future__ import annotations
 
