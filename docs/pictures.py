@@ -106,7 +106,7 @@ def compare(name: str, sick: tuple[str, Log], well: tuple[str, Log], third: str 
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.tick_params(labelsize=8)
-        panel.set_xlim(right=first or None)
+        panel.set_xlim(0, first or None)
     panels[0].set_yscale("log")
     panels[1].set_yscale("log")
     if third == "cosine":
@@ -143,7 +143,7 @@ def walk(rate: float, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(places), SLOPES * places[-1] + NOISE * rng.normal(size=2)
 
 
-def question(name: str, rate: float, steps: int, wanted: float) -> None:
+def question(panel: Axes, title: str, rate: float, steps: int, wanted: float) -> None:
     """Draw the walk, of some seeds the one whose cosine comes nearest to ``wanted``."""
 
     def cosine(seed: int) -> float:
@@ -154,11 +154,9 @@ def question(name: str, rate: float, steps: int, wanted: float) -> None:
     seed = min(range(200), key=lambda seed: abs(cosine(seed) - wanted))
     places, gradient = walk(rate, steps, seed)
     here, average = places[-1], places.mean(0)
-    figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-    panel: Axes = figure.subplots()
     x, y = np.meshgrid(np.linspace(-4.8, 2.2, 200), np.linspace(-2.0, 2.0, 200))
     panel.contour(
-        x, y, 0.5 * (SLOPES[0] * x**2 + SLOPES[1] * y**2), levels=[0.3, 1.5, 4, 8, 14, 22], colors="0.75", linewidths=0.8
+        x, y, 0.5 * (SLOPES[0] * x**2 + SLOPES[1] * y**2), levels=[0.3, 1.5, 4, 8, 14, 22], colors="0.8", linewidths=0.8
     )
     panel.plot(*places.T, "o-", color="tab:blue", markersize=2.5, linewidth=0.8)
     panel.plot(*zip(average, here, strict=True), "--", color="black", linewidth=1.2)
@@ -171,15 +169,17 @@ def question(name: str, rate: float, steps: int, wanted: float) -> None:
     panel.set_aspect("equal")
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.set_title(f"cosine {cosine(seed):+.2f}", fontsize=10)
-    figure.savefig(IMAGES / f"{name}.png", dpi=80)
+    panel.set_title(f"{title}: cosine {cosine(seed):+.2f}", fontsize=10)
 
 
 def questions() -> None:
     """Too short, right, too long."""
-    question("too-short", 0.02, 25, 0.95)
-    question("right", 0.09, 40, 0.0)
-    question("too-long", 0.166, 13, -0.95)
+    figure = Figure(figsize=(10, 2.2), layout="constrained")
+    short, right, long = figure.subplots(1, 3)
+    question(short, "too short", 0.02, 25, 0.95)
+    question(right, "right", 0.09, 40, 0.0)
+    question(long, "too long", 0.166, 13, -0.95)
+    figure.savefig(IMAGES / "question.png", dpi=80)
 
 
 if __name__ == "__main__":

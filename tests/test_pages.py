@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 from importlib import metadata
 from pathlib import Path
 
@@ -34,9 +33,8 @@ SMALL = {
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a page, also those inside tabs."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return [textwrap.dedent(block) for _, block in found]
+    """The code blocks of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
