@@ -147,7 +147,8 @@ class Groups(Optimizer):
         ``max_lr`` of torch's schedulers included.
         """
         # DeepSpeed ZeRO takes groups away from param_groups while it steps another one
-        known = [*self._all_groups, *(each for each in self.param_groups if not any(each is one for one in self._all_groups))]
+        known = list(self._all_groups)
+        known += [each for each in self.param_groups if all(each is not one for one in self._all_groups)]
         own = float(self.param_groups[0]["elra_lr"])  # a scheduler fills a tensor lr in place
         for group in known:
             lr = number(group["lr"])
@@ -155,8 +156,9 @@ class Groups(Optimizer):
                 full = number(group.get("max_lr", group.get("initial_lr", lr)))
                 if isinstance(full, Tensor) or full > 0.0:
                     group["elra_full"] = group["elra_top"] = full.clone() if isinstance(full, Tensor) else full
-        fulls = [float(f) for group in known if isinstance(f := group["elra_full"], float)]
-        base = next((b for group in known if (b := group["elra_base"]) is not None), None)
+        fulls = [group["elra_full"] for group in known if isinstance(group["elra_full"], float)]
+        bases = [group["elra_base"] for group in known if group["elra_base"] is not None]
+        base = bases[0] if bases else None
         if base is None and fulls:
             base = own if any(math.isclose(full, own, rel_tol=1e-6) for full in fulls) else min(fulls)
             if base != own:  # as if it had been the optimizer's

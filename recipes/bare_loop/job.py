@@ -86,3 +86,13 @@ def test_loss(accelerator: Accelerator, model: nn.Module, loader: DataLoader) ->
     losses = [accelerator.gather_for_metrics(model(input_ids=x, labels=x).loss.repeat(len(x))) for (x,) in loader]
     model.train()
     return torch.cat(losses).mean().item()
+
+
+def end(accelerator: Accelerator) -> None:
+    """Take leave of the other processes.
+
+    The barrier lets gloo's thread drop the tensors of the last gather, for which it needs the GIL. Otherwise torch may wait for
+    that thread while it holds the GIL, as the model of DistributedDataParallel dies, and the process never ends.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

@@ -34,7 +34,7 @@ def main() -> None:
             mean = accelerator.gather(loss.detach()).mean().item()
             accelerator.print(f"step {step} loss {mean:.4f} rate {job.applied_rate(optimizer):.3g}", flush=True)
     accelerator.print(f"test loss {job.test_loss(accelerator, model, test):.4f}")
-    accelerator.end_training()
+    job.end(accelerator)
 
 
 if __name__ == "__main__":
