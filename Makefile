@@ -1,6 +1,6 @@
 # Every target sets up what it needs. `make demo` and `make test` are all that a fresh machine has to run.
 PYTHON ?= python3
-OPTIM ?= elra_c2min
+OPTIM ?= elra_adamw
 ARGS ?=
 RESULTS ?= recipes/benchmarks/results/quick.csv
 VENV := .venv
@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 # two busy OpenMP processes on two cores are several times slower than two single-threaded ones
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+# the theme's advertisement of its successor
+export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: demo demo-lm test bench test-transformers4 test-deepspeed check clean
+.PHONY: demo demo-lm test docs bench test-transformers4 test-deepspeed check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
@@ -20,6 +22,10 @@ demo-lm: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# the pages of docs/, at http://127.0.0.1:8000 until Ctrl-C; written anew when a file changes
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs serve --strict $(ARGS)
 
 # the quick suite of the benchmarks; continues the committed rows, RESULTS=outputs/bench/quick.csv measures everything anew
 bench: $(VENV)/.installed-bench
@@ -38,6 +44,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv .venv-* outputs lightning_logs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

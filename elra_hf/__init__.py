@@ -8,6 +8,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from .adapters.configure import configure_elra
+    from .average import averaged
     from .directions import Adam, Momentum, SuccessiveGradients
     from .optimizer import Elra, rate
     from .rules import C2Min, P2Min, Tracking
@@ -28,6 +29,7 @@ _HOME = {
     "P2Min": "rules",
     "Tracking": "rules",
     "configure_elra": "adapters.configure",
+    "averaged": "average",
 }
 __all__ = [
     "Adam",
@@ -40,6 +42,7 @@ __all__ = [
     "P2Min",
     "SuccessiveGradients",
     "Tracking",
+    "averaged",
     "configure_elra",
     "rate",
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from elra_hf.adapters.found import sentence
 
 PACKAGES = ("elra_hf", "torch", "transformers", "accelerate", "lightning", "peft", "datasets")
 
@@ -20,6 +23,8 @@ TEMPLATE = """\
 ## Results
 
 {{ table(metrics, "metric", "value") }}
+
+{{ found }}
 
 ![loss, applied rate and cosine over the steps]({{ picture }})
 
@@ -66,6 +71,7 @@ def write_card(
     picture: str = "rate.png",
     base_model: str | None = None,
     license: str | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``folder/README.md``, the model card of a run, with metadata that the Hugging Face hub reads.
 
@@ -85,6 +91,7 @@ def write_card(
         picture: file name of the picture in ``folder``.
         base_model: name of the pretrained model on the hub, if it has one.
         license: licence of the model.
+        found: what `elra_hf.adapters.found.facts` tells of the rate that the run found; goes into the metadata under ``elra``.
 
     Returns:
         The path of the card.
@@ -117,6 +124,8 @@ def write_card(
         eval_results=results,
         model_name=model_name,
     )
+    if found:
+        data["elra"] = dict(found)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -128,6 +137,9 @@ def write_card(
         settings=settings,
         command=command,
         usage=usage,
+        found=sentence(f"`{found['optimizer']}`", "adamw_lr" in found, (found["found_rate"],), found["schedule"])
+        if found
+        else "",
         picture=picture,
         versions=versions(),
         table=_table,

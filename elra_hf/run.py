@@ -11,6 +11,7 @@ import runpy
 import sys
 
 import elra_hf  # noqa: F401  registers the optimizers
+from elra_hf.adapters.find import find, read_steps, searched
 from elra_hf.adapters.replace import NAMES, built, replace
 from elra_hf.adapters.spawn import reach_children
 
@@ -21,6 +22,7 @@ usage: python -m elra_hf.run [OPTIONS] SCRIPT [ARGS...]
 Runs a training script that knows nothing of elra_hf, so that its --optim takes {", ".join(NAMES)}.
 Options of ours stand before SCRIPT or -m; everything after is the script's.
 
+  --find-rate N         train N steps with elra_adamw (HF Trainer), print the rate for AdamW, and end: nothing is saved
   --replace AdamW=NAME  put one of them in the place of torch.optim.AdamW, for scripts that build their own AdamW
   -h, --help            show this and exit
 
@@ -35,18 +37,23 @@ def main() -> None:
     """Run the script or module named on the command line as ``__main__``, with the arguments after it."""
     args = sys.argv[1:]
     launchers: list[str] = []
-    replaced = ""
+    replaced, steps = "", 0
     while args and args[0].startswith("-") and args[0] != "-m":
         option, _, value = args.pop(0).partition("=")
         if option in ("-h", "--help"):
             print(USAGE, end="")
             sys.exit(0)
-        if option not in ("--local_rank", "--local-rank", "--replace"):
+        if option not in ("--local_rank", "--local-rank", "--replace", "--find-rate"):
             _stop(f"unknown option {option} before SCRIPT; the script's own options stand after it. See --help")
         if not value:
             value = args.pop(0) if args else _stop(f"{option} has no value: give {option}=VALUE")
         if option == "--replace":
             replaced = value
+        elif option == "--find-rate":
+            try:
+                steps = read_steps(value)
+            except ValueError as error:
+                _stop(str(error))
         else:  # deepspeed and torch.distributed.launch put it before the script, for the script
             launchers.append(f"{option}={value}")
     as_module = args[:1] == ["-m"]
@@ -61,7 +68,9 @@ def main() -> None:
             replace(replaced)
         except ValueError as error:
             _stop(str(error))
-    reach_children(replaced)
+    if steps:
+        find(steps)
+    reach_children(replaced, steps)
     sys.argv = [args[0], *launchers, *args[1:]]
     if as_module:
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
@@ -71,6 +80,8 @@ def main() -> None:
         runpy.run_path(args[0], run_name="__main__")
     if replaced and not built():
         print(f"elra_hf.run: --replace {replaced}: this process built no torch.optim.AdamW", file=sys.stderr)
+    if steps and not searched():
+        _stop("--find-rate: this process trained with no Trainer of transformers, so that no rate was found", 1)
 
 
 def _stop(message: str, status: int = 2) -> str:

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 import elra_hf  # noqa: F401  makes --optim know elra_c2min, elra_p2min and elra_adamw
+from elra_hf.adapters.found import facts
+from elra_hf.adapters.transformers import schedule
 from elra_hf.plots import plot_rates, series
 from recipes.cli import InputError, parse, show
 from recipes.sweep import append
@@ -146,6 +148,15 @@ def settings(run: Run) -> dict[str, object]:
         "seed": args.seed,
         "seconds of training": round(run.metrics["train_runtime"]),
     }
+
+
+def found(run: Run) -> dict[str, Any] | None:
+    """What a card says of the rate that was found; None where the optimizer is none of ours."""
+    rates = series(run.log, "elra_found_rate")
+    if not rates:
+        return None
+    (steps, rate), optim = rates[-1], run.args.optim.value
+    return facts(optim, optim == "elra_adamw", rate, schedule(run.args, steps))
 
 
 def row_of(run: Run, part: str, metrics: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Figures in README and cards are those of the committed rows."""
+"""Figures in README, pages and cards are those of the committed rows."""
 
 import re
 import shutil
@@ -12,7 +12,8 @@ from recipes.sweep import read, spread
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PROSE = README.replace("\n", " ")
+EVIDENCE = (ROOT / "docs/evidence.md").read_text()
+PROSE = EVIDENCE.replace("\n", " ")
 RESULTS = ROOT / "recipes/benchmarks/results"
 
 
@@ -24,7 +25,7 @@ def table_rows(text: str, pattern: str) -> list[list[str]]:
 
 def test_text_classification():
     rows = read(ROOT / "model_cards/text_classification/results.csv")
-    shown = [cells for cells in table_rows(README, "elra_[a-z0-9]+|adamw_torch") if "±" in cells[2]]
+    shown = [cells for cells in table_rows(EVIDENCE, "elra_[a-z0-9]+|adamw_torch") if "±" in cells[2]]
     assert len(shown) == 5
     for optim, rate, accuracy, f1 in shown:
         chosen = "" if rate == "none given" else rate.split(",")[0]
@@ -59,10 +60,11 @@ def regret(name: str) -> dict[str, list[str]]:
     return {cells[0]: cells for cells in rows}
 
 
-def test_regret():
+@pytest.mark.parametrize(("page", "lines"), [(README, 5), (EVIDENCE, 11)], ids=["README", "evidence"])
+def test_regret(page, lines):
     measured = regret("quick")
-    shown = [cells for cells in table_rows(README, "[a-z].+") if len(cells) == 3 and cells[0] in measured]
-    assert len(shown) > 6
+    shown = [cells for cells in table_rows(page, "[a-z].+") if len(cells) == 3 and cells[0] in measured]
+    assert len(shown) == lines
     for cells in shown:
         assert cells == measured[cells[0]][:3]
 

@@ -1,15 +1,22 @@
-"""`ElraMonitor`, the callback of `elra_hf.adapters.lightning`, which is where to import it from."""
+"""The callbacks of `elra_hf.adapters.lightning`, which is where to import them from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
+from elra_hf.average import averaged, keeper, settle
 from elra_hf.optimizer import Elra, rate, unwrap
+from elra_hf.reduce import local, slicer
+
+from .found import Found, Search, Trace
 
 
 class ElraMonitor(Callback):  # type: ignore[misc]
@@ -18,6 +25,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
     ``LearningRateMonitor`` would show the scheduler's ``lr`` only. The keys are ``elra/rate``, ``elra/alpha``, ``elra/cos`` and
     ``elra/restarts``; with several ELRA optimizers ``elra/0/rate`` and so on, numbered as ``configure_optimizers`` returns
     them. The values are those of the first parameter group.
+    At the end of the training ``elra/found_rate`` is logged, the rate that was found, and a line says what that is worth to
+    AdamW; ``found`` has it for each of the optimizers.
 
     Args:
         prog_bar: show the rate in the progress bar, too.
@@ -25,16 +34,33 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             then undoes a step after which the loss exploded. Costs one more small all-reduce a step. Without it the optimizer
             goes by the gradient alone. Automatic optimization only; under manual optimization call
             ``optimizer.step(loss=...)``.
+        averaged: validate with the average of the iterates (see `elra_hf.averaged`), save it, and end the training with it.
+            Checkpoints also hold what training goes on from, so that a resumed run is the same as one that was never stopped.
+            Not where a strategy shards the weights.
     """
 
-    def __init__(self, prog_bar: bool = False, loss_restarts: bool = False) -> None:
+    def __init__(self, prog_bar: bool = False, loss_restarts: bool = False, averaged: bool = False) -> None:
         self.prog_bar = prog_bar
         self.loss_restarts = loss_restarts
+        self.averaged = averaged
+        self._swapped = ExitStack()
+        self.found: list[Found] = []
         self._losses: list[Tensor] = []
         self._handles: list[Any] = []
+        self._traces: dict[int, Trace] = {}
+        self._steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to listen to the losses."""
+        if self.averaged:
+            for _, each in _elra(trainer.optimizers):
+                keeper(each)
+            if any(local(p) is not p or slicer(p) == "FSDP1" for p in pl_module.parameters()):
+                raise ValueError(
+                    "ElraMonitor(averaged=True) does not go with a strategy that shards the weights: leave it out, and use "
+                    "elra_hf.averaged(optimizer) where you evaluate"
+                )
+        self._traces, self._steps = {index: Trace() for index, _ in _elra(trainer.optimizers)}, trainer.global_step
         if not self.loss_restarts:
             return
         if not pl_module.automatic_optimization:
@@ -68,20 +94,143 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log. Reading the values waits for the device, hence only when they are going to be written."""
+        if trainer.global_step > self._steps:  # else the batch is accumulated
+            self._steps = trainer.global_step
+            for index, optimizer in _elra(trainer.optimizers):
+                self._traces[index].add(unwrap(optimizer))
         if not trainer._logger_connector.should_update_logs:
             return
-        found = _elra(trainer.optimizers)
-        for index, optimizer in found:
-            prefix = "elra" if len(found) == 1 else f"elra/{index}"
+        for index, optimizer in _elra(trainer.optimizers):
+            prefix = self._prefix(index)
             group = unwrap(optimizer).param_groups[0]
             pl_module.log(f"{prefix}/rate", rate(optimizer), prog_bar=self.prog_bar)
             pl_module.log_dict({f"{prefix}/{key}": float(group[key]) for key in ("alpha", "cos", "restarts")})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was found."""
+        results = {index: found for index, trace in self._traces.items() if (found := trace.found())}
+        self.found = list(results.values())
+        for index, found in results.items():
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{self._prefix(index)}/found_rate": found.rate}, step=trainer.global_step)
+            trainer.print(found.line(_schedule(trainer)))
+
+        if self.averaged:
+            for _, each in _elra(trainer.optimizers):
+                settle(each)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap the average in."""
+        if self.averaged and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._swapped = self._swap(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap it out."""
+        self._swapped.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Swap it out, whatever happened."""
+        self._swapped.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the average as the model, and aside what training goes on from."""
+        if not self.averaged or trainer.state.fn != "fit":
+            return
+        now = checkpoint["state_dict"]  # the parameters themselves
+        with self._swap(trainer):
+            mean = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in now.items()}
+        checkpoint["state_dict"] = mean
+        checkpoint["elra_iterate"] = {
+            name: value for name, value in now.items() if isinstance(value, Tensor) and not torch.equal(value, mean[name])
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from where the training was, not from the average."""
+        if trainer.state.fn == "fit":
+            pl_module.load_state_dict(checkpoint.get("elra_iterate", {}), strict=False)
+
+    @staticmethod
+    def _swap(trainer: Trainer) -> ExitStack:
+        stack = ExitStack()
+        for _, each in _elra(trainer.optimizers):
+            stack.enter_context(averaged(each))
+        return stack
+
+    def _prefix(self, index: int) -> str:
+        return "elra" if len(self._traces) == 1 else f"elra/{index}"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class RateFinder(Callback):  # type: ignore[misc]
+    """Train with `ElraAdamW` for a while, report the rate found, and leave everything else as it was.
+
+    ``trainer.fit()`` returns after the last of the steps. Weights, buffers, optimizer state and random numbers are then those
+    from before, bit for bit; no checkpoint is written meanwhile, and the schedule is held at its full rate. ``found`` has the
+    result, and ``found.rate`` is what AdamW wants as ``lr``. One optimizer; not under DeepSpeed.
+
+    Args:
+        steps: stop after so many; None: once the rate has settled, or at the end of the run.
+
+    Raises:
+        ValueError: ``steps`` is no positive number; at the start of the training: another optimizer or several, or DeepSpeed.
+    """
+
+    def __init__(self, steps: int | None = 200) -> None:
+        self._search = Search(steps)
+        self._steps = 0
+        self._callbacks: list[Any] = []
+
+    @property
+    def found(self) -> Found | None:
+        """The result; None before the training has ended."""
+        return self._search.found
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set those aside that write checkpoints."""
+        self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [each for each in self._callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember how everything is."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"RateFinder finds the rate of one optimizer, and this module has {len(trainer.optimizers)}")
+        self._search.start(pl_module, trainer.optimizers[0])
+        self._steps = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hold the schedule."""
+        self._search.hold(trainer.optimizers[0])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the rate, and stop in time."""
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            if self._search.look(trainer.optimizers[0]):
+                trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put everything back, and say what was found."""
+        said = self._search.finish()
+        if self.found and not any(isinstance(each, ElraMonitor) for each in self._callbacks):
+            trainer.print(self.found.line(_schedule(trainer)))
+        trainer.print(said)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Bring the others back."""
+        if self._callbacks:
+            trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
+
+
+def _schedule(trainer: Trainer) -> str:
+    """The schedule of the run, in words."""
+    return ", ".join(type(each.scheduler).__name__ for each in trainer.lr_scheduler_configs) or "constant"
 
 
 def _elra(optimizers: Iterable[Any]) -> list[tuple[int, Any]]:

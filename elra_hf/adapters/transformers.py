@@ -108,20 +108,77 @@ def under_deepspeed(model: Any, config: dict[str, Any], args: Any, scope: str | 
 
 
 def rate_callback(base: type) -> type:
-    """A ``TrainerCallback`` that puts the rate really applied, α, the cosine and the restarts into every training log."""
+    """A ``TrainerCallback`` that puts the rate really applied, α, the cosine and the restarts into every training log.
+
+    At the end of a run it adds the rate that was found, as ``elra_found_rate``, and prints what that is worth to AdamW.
+    """
 
     class ElraLogs(base):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
-            from elra_hf.optimizer import rate, unwrap
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            from elra_hf.adapters.found import Trace
 
-            if not logs or "learning_rate" not in logs:
-                return  # an evaluation, or the summary at the end
-            try:
-                group = unwrap(optimizer).param_groups[0]
-            except TypeError:
-                return  # another optimizer
-            seen = {f"elra_{name}": float(group[name]) for name in ("alpha", "cos", "restarts")}
+            self._trace = Trace()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            if inner := _elra(optimizer):
+                self._trace.add(inner)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
+            from elra_hf.optimizer import rate
+
+            inner = _elra(optimizer)
+            if not logs or inner is None:
+                return
+            seen = {}
+            if "learning_rate" in logs:  # a training log
+                group = inner.param_groups[0]
+                seen = {f"elra_{name}": float(group[name]) for name in ("alpha", "cos", "restarts")}
+                seen["learning_rate"] = rate(inner)
+            elif "train_runtime" in logs and (found := self._trace.found()):  # the summary at the end
+                seen["elra_found_rate"] = found.rate
             for entry in (logs, state.log_history[-1]):
-                entry.update(learning_rate=rate(optimizer), **seen)
+                entry.update(seen)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            found = self._trace.found()
+            if found and state.is_world_process_zero:
+                say(found.line(schedule(args, state.max_steps)))
 
     return ElraLogs
+
+
+def schedule(args: Any, steps: int) -> str:
+    """The schedule of ``TrainingArguments``, in words."""
+    name, warmup = str(args.lr_scheduler_type.value), args.get_warmup_steps(steps)
+    # "constant" passes over a warm-up
+    return name if not warmup or name == "constant" else f"{name}, {warmup} steps of warm-up"
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bars."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line)
+
+
+def _elra(optimizer: Any) -> Any:
+    """The optimizer of ours inside ``optimizer``, or None."""
+    from elra_hf.optimizer import unwrap
+
+    try:
+        return unwrap(optimizer)
+    except TypeError:
+        return None
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers on first use."""
+    if name not in ("AveragedWeights", "RateFinder"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from elra_hf.adapters import callbacks
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "transformers":
+            raise
+        raise ImportError(f"{name} needs transformers, which is not installed: pip install 'elra_hf[transformers]'") from error
+    return getattr(callbacks, name)

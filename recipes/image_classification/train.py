@@ -29,6 +29,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import elra_hf  # noqa: F401  makes --optimizer know ElraC2Min, ElraP2Min and ElraAdamW
+from elra_hf.adapters.found import facts
+from elra_hf.adapters.lightning import ElraMonitor
 from elra_hf.cards import write_card
 from elra_hf.plots import Log, plot_rates, series
 from recipes.cli import InputError, nearest, run, show
@@ -128,6 +130,7 @@ class CLI(LightningCLI):
             f"from the training images, each class in proportion (seed {data.seed}). The test images are read once.",
             dataset_id=data_id,
             splits={part: len(labels) for part, (_, labels) in data.parts.items()},
+            found=self.found(),
             metrics={"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"]},
             settings={
                 "optimizer": f"`{name}`",
@@ -149,6 +152,11 @@ model = ImageClassifier.load_from_checkpoint({str(checkpoint)!r}, map_location="
 images = torch.zeros(1, {data.channels}, 28, 28, dtype=torch.uint8)
 print([model.hparams.classes[i] for i in model(images).argmax(1)])""",
         )
+
+    def found(self) -> dict[str, Any] | None:
+        """What the card says of the rate that was found; None where nothing was looked for."""
+        results = [found for each in self.trainer.callbacks if isinstance(each, ElraMonitor) for found in each.found]
+        return facts(results[0].optimizer, results[0].adamw, results[0].rate, self.model.hparams.schedule) if results else None
 
 
 def plot_confusion(matrix: Tensor, classes: Sequence[str], path: Path) -> None:

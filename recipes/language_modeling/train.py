@@ -27,7 +27,7 @@ from elra_hf.cards import write_card
 from recipes.cli import InputError, parse, run
 from recipes.language_modeling.data import TextArguments, load_texts, pack
 from recipes.language_modeling.model import ModelArguments, load_model, load_tokenizer, lora_plus
-from recipes.trainer import PARTS, Run, fit, loading, parse_runs, report, settings
+from recipes.trainer import PARTS, Run, fit, found, loading, parse_runs, report, settings
 
 CONFIG, LORA = (Path(__file__).with_name(name) for name in ("config.yaml", "lora.yaml"))
 TYPES = (ModelArguments, TextArguments, TrainingArguments)
@@ -176,6 +176,7 @@ def describe(
         dataset_id=data_id,
         splits={name: len(rows) for name, rows in blocks.items()},
         split=split,
+        found=found(finished),
         metrics={name: finished.metrics[f"{finished.part}_{name}"] for name in METRICS},
         settings={**settings(finished), **own},
         command=shlex.join(["python", *sys.orig_argv[1:]]),

@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with ``--optim elra_c2min``: no learning rate to choose. See README.md for the commands."""
+"""Fine-tune a text classifier with ``--optim elra_adamw``: no learning rate to choose. See README.md for the commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers import (
 from elra_hf.cards import write_card
 from recipes.cli import InputError, run
 from recipes.data import DataArguments, load_classification, minilm
-from recipes.trainer import PARTS, CompareArguments, Run, fit, loading, parse_runs, report, settings
+from recipes.trainer import PARTS, CompareArguments, Run, fit, found, loading, parse_runs, report, settings
 
 METRICS = ("accuracy", "macro_f1", "loss")
 
@@ -131,6 +131,7 @@ def describe(finished: Run, options: ModelArguments, data_options: DataArguments
         dataset_id=data_id,
         splits={name: len(rows) for name, rows in data.items()},
         split=PARTS[finished.part],
+        found=found(finished),
         metrics={name: finished.metrics[f"{finished.part}_{name}"] for name in METRICS},
         settings={**settings(finished), "frozen layers": options.freeze_layers, "tokens": options.max_seq_length},
         command=shlex.join(["python", *sys.orig_argv[1:]]),

@@ -20,7 +20,7 @@ LAUNCHERS = {
         *("--main_process_port", "0", "-m"),  # a free one: several tests run at a time
     ),
 }
-OTHERS = ("elra_p2min", "elra_adamw")
+OTHERS = ("elra_p2min", "elra_c2min")
 KEYS = ("loss", "learning_rate", "elra_alpha", "elra_cos", "elra_restarts", "grad_norm")
 
 
@@ -29,7 +29,7 @@ def finish(launcher, options, folder, batch):
     given = (*options, "--output_dir", str(folder), "--per_device_train_batch_size", str(batch), "--compare", *OTHERS)
     fixed = ("--max_steps", "5", "--learning_rate", "1e-3", "--freeze_layers", "0", "--lr_scheduler_type", "constant")
     run([[*launcher, RECIPE, *given, *fixed]], timeout=150, env={"CUDA_VISIBLE_DEVICES": ""})
-    return {"elra_c2min": folder, **{name: folder / f"compare_{name}" for name in OTHERS}}
+    return {"elra_adamw": folder, **{name: folder / f"compare_{name}" for name in OTHERS}}
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_the_rate_is_logged_as_it_was_applied(name, tmp_path):
     assert [e.value for e in events.Scalars("elra/alpha")] == pytest.approx(alphas[2::3])
     assert len({e.value for e in events.Scalars("elra/cos")}) == 4
     (table,) = tmp_path.rglob("metrics.csv")
-    assert table.read_text().splitlines()[0].count("elra/") == 4
+    assert table.read_text().splitlines()[0].count("elra/") == 5  # with the rate found
     assert "elra/rate" in run.progress_bar_metrics
     assert "elra/alpha" not in run.progress_bar_metrics
     assert rate(run.optimizers[0]) == pytest.approx(float(run.callback_metrics["elra/rate"]))
@@ -94,6 +94,7 @@ def test_several_optimizers_are_told_apart(tmp_path):
     run.fit(module, loader())
     logged = {key for key in run.callback_metrics if key.startswith("elra")}
     assert logged == {key.replace("elra/", f"elra/{index}/") for key in KEYS for index in (0, 1)}
+    assert len(run.callbacks[0].found) == 2
     assert [run.callback_metrics[f"elra/{i}/alpha"].item() for i in (0, 1)] == module.alphas[-1]
 
 

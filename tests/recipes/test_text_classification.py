@@ -71,7 +71,7 @@ def test_each_epoch_is_evaluated_and_each_step_logged_to_tensorboard(finished):
 def test_comparison_trains_both_and_prints_one_table(finished):
     folder, out = finished
     table = out[out.index("measured on the test data") :].splitlines()
-    mine, theirs = ([line.split() for line in table if line.split()[:1] == [name]] for name in ("elra_c2min", "adamw_torch"))
+    mine, theirs = ([line.split() for line in table if line.split()[:1] == [name]] for name in ("elra_adamw", "adamw_torch"))
     assert len(mine) == len(theirs) == 1
     assert len(mine[0]) == len(theirs[0]) == 8
     assert str(folder / "README.md") in out.replace("\n", "")

@@ -151,9 +151,68 @@ def test_replacing_nothing_is_said(tmp_path):
     assert "this process built no torch.optim.AdamW" in done.stderr
 
 
+@pytest.mark.parametrize("given", [{"optim": "adafactor", "optim_args": "scale_parameter=True"}, {"optim": "elra_c2min"}])
+def test_a_script_that_never_heard_of_us_finds_a_rate(given, tmp_path):
+    own = [each for each in options(tmp_path) if not each.startswith(("--optim", "--max_steps"))]
+    added = [f"--{key}={value}" for key, value in given.items()]
+    command = [sys.executable, *RUN, "--find-rate", "40", str(SCRIPT)]
+    done = launch(command, *own, *added, "--max_steps=1000", "--save_strategy=steps", "--save_steps=10")
+    assert done.returncode == 0, done.stderr
+    name = "ElraC2Min" if given["optim"] == "elra_c2min" else "ElraAdamW"
+    assert done.stdout.count(f"{name} found the rate ") == 1
+    assert "RateFinder: 40 steps" in done.stdout
+    assert not list(tmp_path.iterdir())  # neither a checkpoint nor what the script saves after the training
+
+
+def test_two_processes_find_one_rate(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = launch([*torchrun, *RUN, "--find-rate=10", str(SCRIPT)], *options(tmp_path, "adamw_torch")[:1], "--use_cpu=True")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("found the rate") == done.stdout.count("RateFinder: 10 steps") == 1
+
+
+def test_a_script_that_brings_its_own_optimizer_is_told_what_to_do(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(OWN_OPTIMIZER)
+    alone, replaced = (
+        launch([sys.executable, *RUN, "--find-rate=20", *more, str(script)], str(tmp_path / "out"))
+        for more in ([], ["--replace=AdamW=elra_adamw"])
+    )
+    assert alone.returncode == 1
+    assert alone.stderr.splitlines()[-1].endswith("its own AdamW: put --replace AdamW=elra_adamw before SCRIPT, too")
+    assert replaced.returncode == 0, replaced.stderr
+    assert "ElraAdamW found the rate" in replaced.stdout
+
+
+OWN_OPTIMIZER = """
+import sys
+import torch
+from transformers import Trainer, TrainingArguments
+from tests.run.plain_script import Counting
+from transformers import GPT2Config, GPT2LMHeadModel
+
+config = GPT2Config(vocab_size=20, n_positions=12, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+model = GPT2LMHeadModel(config)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+args = TrainingArguments(sys.argv[1], use_cpu=True, report_to="none", disable_tqdm=True)
+Trainer(model, args, train_dataset=Counting(256), optimizers=(optimizer, None)).train()
+raise AssertionError("the script goes on")
+"""
+
+
+def test_a_script_without_a_trainer_finds_nothing_and_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import torch")
+    done = launch([sys.executable, *RUN, "--find-rate=20", str(script)])
+    assert done.returncode == 1
+    assert "this process trained with no Trainer of transformers, so that no rate was found" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--find-rate", "many", str(SCRIPT)], "--find-rate many: give the number of steps, e.g. --find-rate 200"),
+        (["--find-rate=0", str(SCRIPT)], "--find-rate 0: give the number of steps"),
         (
             ["--optim", "elra_adamw", "train.py"],
             "unknown option --optim before SCRIPT; the script's own options stand after it",

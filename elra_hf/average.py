@@ -1,0 +1,160 @@
+"""The average of the iterates, which is often the better model while the rate is high: `averaged` swaps it in and out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .optimizer import Elra, unwrap
+from .reduce import local, slicer
+
+_swapped: weakref.WeakSet[Elra] = weakref.WeakSet()
+
+
+@contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """Hold the average x̄ of all iterates in the parameters, and put the iterate x back at the end, bit for bit.
+
+    ::
+
+        with elra_hf.averaged(optimizer):
+            evaluate(model)
+            model.save_pretrained("averaged")
+
+    x̄ is the mean of the parameters at the start of the run and after each of its steps; it starts anew where the optimizer went
+    back to it after an explosion. There is no mode to switch: whatever happens in the block, training goes on from x. Works
+    through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism, without a
+    collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the parameter's dtype:
+    4 bytes of state a float32 parameter. The block itself takes as much again, for x.
+
+    Args:
+        optimizer: one of ours, or a wrapper of it.
+
+    Raises:
+        TypeError: there is no ELRA optimizer inside.
+        ValueError: it keeps no average; or it steps copies or slices of the weights (DeepSpeed, FSDP1), so that the model would
+            not follow.
+        RuntimeError: the parameters hold the average already; or, inside of the block, at a ``step()``.
+    """
+    inner = keeper(optimizer)
+    if inner in _swapped:
+        raise RuntimeError("averaged: the parameters hold the average already; do not nest it")
+    pairs = _pairs(inner)
+    iterates = [x.clone() for x, _ in pairs]
+    _swapped.add(inner)
+    handle = inner.register_step_pre_hook(_refuse)
+    sharded = any(local(p) is not p for group in inner.param_groups for p in group["params"])
+    try:
+        _to_average(pairs)
+        with _gathered_anew() if sharded else nullcontext():
+            yield
+    finally:
+        handle.remove()
+        _swapped.discard(inner)
+        with torch.no_grad():
+            for (x, _), iterate in zip(pairs, iterates, strict=True):
+                x.copy_(iterate)
+
+
+def settle(optimizer: Any) -> None:
+    """Make the average the iterate, for good: x becomes x̄, from where training would go on.
+
+    Raises:
+        TypeError, ValueError: as `averaged`.
+    """
+    pairs = _pairs(keeper(optimizer))
+    _to_average(pairs)
+    for _, way in pairs:
+        way.zero_()
+
+
+def keeper(optimizer: Any) -> Elra:
+    """The `Elra` inside, which keeps an average of the parameters.
+
+    Raises:
+        TypeError, ValueError: as `averaged`.
+    """
+    inner = unwrap(optimizer)
+    params = [(p, group) for group in inner.param_groups for p in group["params"]]
+    if not all("way" in inner.direction.dtypes(p, group) for p, group in params):
+        raise ValueError(
+            f"averaged: {type(inner).__name__} with direction={inner.direction!r} keeps no average of the iterates: take "
+            "ElraAdamW, or leave out horizon=inf"
+        )
+    apart = inner.process_group is not None and dist.get_world_size(inner.process_group) > 1
+    slicers = {slicer(p) for p, _ in params} if apart else set()
+    if any(module.startswith("deepspeed.") for module in _wrappers(optimizer)):
+        slicers.add("DeepSpeed")
+    if slicers - {None}:
+        raise ValueError(
+            f"averaged: {' and '.join(sorted(filter(None, slicers)))} lets the optimizer step copies or slices of the weights, "
+            "which the model would not follow: use DDP or FSDP2 (fully_shard), or evaluate without the average"
+        )
+    return inner
+
+
+def _wrappers(optimizer: Any) -> Iterator[str]:
+    """The modules that the wrappers around ours come from."""
+    while not isinstance(optimizer, Elra):
+        yield type(optimizer).__module__
+        optimizer = optimizer.optimizer
+
+
+def _pairs(inner: Elra) -> list[tuple[Tensor, Tensor]]:
+    """(x, x̄ - x) of each parameter that has had a gradient, the parts on this rank."""
+    params = (p for group in inner.param_groups for p in group["params"])
+    return [(local(p.detach()), local(inner.state[p]["way"])) for p in params if inner.state.get(p)]
+
+
+@torch.no_grad()
+def _to_average(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for x, way in pairs:
+        x.add_(way.to(x.device))
+
+
+@contextmanager
+def _gathered_anew() -> Iterator[None]:
+    """Let FSDP2 gather what the shards hold now: after a forward pass without a backward it keeps some of it gathered."""
+    met: list[nn.Module] = []
+
+    def gather_anew(module: nn.Module, _: Any) -> None:
+        if is_fsdp2(module) and not any(module is each for each in met):
+            met.extend(reshard(module))
+
+    handle = register_module_forward_pre_hook(gather_anew)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in met:
+            reshard(module)
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on ``module``."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def reshard(module: nn.Module) -> list[nn.Module]:
+    """Let all parts of ``module`` that FSDP2 keeps gathered go; return its parts."""
+    parts = [each for each in module.modules() if is_fsdp2(each)]
+    for each in parts:
+        each.reshard()  # type: ignore[operator]
+    return parts
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(
+        "step() inside averaged(optimizer): it would be lost when the iterate is put back. Leave the block first"
+    )

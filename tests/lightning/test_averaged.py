@@ -1,0 +1,93 @@
+"""`ElraMonitor(averaged=True)`: what Lightning validates, keeps and ends with is the average of the iterates."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from elra_hf.adapters.lightning import ElraMonitor
+
+from .modules import STEPS, Classifier, flat, loader, optimizer_of, trainer
+from .test_training import Gan
+
+
+class Watched(Classifier):
+    """Keeps the weights after each step and in each validation."""
+
+    def __init__(self, name="elra_adamw", fail=False):
+        super().__init__(lambda module: optimizer_of(name, module))
+        self.iterates, self.validated, self.fail = [flat(self).clone()], [], fail
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.iterates.append(flat(self).clone())
+
+    def on_validation_epoch_end(self):
+        self.validated.append(flat(self).clone())
+        if self.fail and not self.trainer.sanity_checking:
+            raise RuntimeError("a validation that fails")
+
+    def on_load_checkpoint(self, checkpoint):
+        self.loaded = True
+
+
+def mean(vectors):
+    return torch.stack(vectors).double().mean(0).float()
+
+
+@pytest.mark.parametrize("name", ["elra_adamw", "elra_c2min"])
+def test_validations_and_the_end_are_of_the_average(name):
+    module, plain = Watched(name), Watched(name)
+    run = trainer(callbacks=[ElraMonitor(averaged=True)], max_epochs=2, num_sanity_val_steps=1)
+    run.fit(module, loader(), loader())
+    trainer(max_epochs=2).fit(plain, loader(), loader())
+    assert all(torch.equal(a, b) for a, b in zip(module.iterates, plain.iterates, strict=True))
+    for validated, steps in zip(module.validated, (0, STEPS, 2 * STEPS), strict=True):
+        torch.testing.assert_close(validated, mean(module.iterates[: steps + 1]), rtol=1e-4, atol=1e-6)
+    assert torch.equal(flat(module), module.validated[-1])
+    assert not torch.equal(flat(plain), flat(module))
+
+
+def test_a_checkpoint_holds_both(tmp_path):
+    def fit(module, epochs, resume=None, folder=tmp_path / "kept"):
+        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=epochs, enable_checkpointing=True)
+        run.fit(module, loader(), loader(), ckpt_path=resume)
+        return run
+
+    whole, resumed = Watched(), Watched()
+    fit(whole, 2)
+    first = tmp_path / "kept/epoch=0.ckpt"
+    run = fit(resumed, 2, first, tmp_path / "again")
+    assert torch.equal(resumed.iterates[-1], whole.iterates[-1])
+    assert torch.equal(flat(resumed), flat(whole))
+    loaded = Watched()
+    loaded.load_state_dict(torch.load(first, weights_only=True)["state_dict"])
+    assert torch.equal(flat(loaded), whole.validated[0])  # what others load is the average
+    run.validate(loaded, loader(), ckpt_path=first, verbose=False)
+    assert torch.equal(flat(loaded), whole.validated[0])
+
+
+def test_a_validation_that_fails_leaves_the_iterate():
+    module = Watched(fail=True)
+    with pytest.raises(RuntimeError, match="a validation that fails"):
+        trainer(callbacks=[ElraMonitor(averaged=True)]).fit(module, loader(), loader())
+    assert torch.equal(flat(module), module.iterates[-1])
+    assert not torch.equal(flat(module), module.validated[-1])
+
+
+def test_several_optimizers_are_averaged():
+    module = Gan()
+    run = trainer(callbacks=[ElraMonitor(averaged=True)])
+    run.fit(module, loader())
+    for optimizer in run.optimizers:
+        assert all(not state["way"].any() for state in optimizer.state.values())
+
+
+def test_the_papers_rule_is_refused():
+    import math
+
+    from elra_hf import ElraC2Min
+
+    module = Classifier(lambda module: ElraC2Min(module.parameters(), horizon=math.inf))
+    with pytest.raises(ValueError, match="keeps no average"):
+        trainer(callbacks=[ElraMonitor(averaged=True)]).fit(module, loader())

@@ -1,0 +1,115 @@
+"""The rate that a run found: at the end of every run with `ElraMonitor`, and with `RateFinder` as the whole purpose of one."""
+
+import csv
+import random
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from elra_hf.adapters.lightning import ElraMonitor, RateFinder, configure_elra
+
+from .modules import Classifier, flat, loader, optimizer_of, trainer
+from .test_training import Gan
+
+
+def warming(optimizer):
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 500)
+
+
+class Changing(Classifier):
+    """Has a buffer that training changes, and plays with chance."""
+
+    def __init__(self, configure):
+        super().__init__(configure)
+        self.norm = nn.BatchNorm1d(6)
+        self.chance = None
+
+    def on_fit_start(self):
+        self.chance = random.getstate(), torch.get_rng_state().tolist()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        random.random()
+        return super().training_step((self.norm(x) + 0.01 * torch.randn_like(x), y), batch_idx)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_monitor_says_what_was_found(accumulate, tmp_path, capsys):
+    logger, monitor = CSVLogger(tmp_path), ElraMonitor()
+    module = Classifier(lambda module: configure_elra(module, "elra_adamw", scheduler=warming))
+    run = trainer(logger=logger, callbacks=[monitor], max_epochs=3, accumulate_grad_batches=accumulate)
+    run.fit(module, loader())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        [rate] = [float(row["elra/found_rate"]) for row in csv.DictReader(file) if row["elra/found_rate"]]
+    [found] = monitor.found
+    assert found.steps == run.global_step == 36 // accumulate
+    alphas = torch.tensor(module.alphas[accumulate - 1 :: accumulate][18 // accumulate :]).double()
+    shares = torch.arange(18 // accumulate, 36 // accumulate) / 500 * 0.99 + 0.01
+    assert rate == pytest.approx(found.rate)
+    assert rate == pytest.approx(((alphas.log() * shares).sum() / shares.sum()).exp().item(), rel=1e-3)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "found the rate" in line]
+    assert line.startswith(
+        f"ElraAdamW found the rate {rate:.2g}. The same for AdamW: lr {rate:.2g}, schedule as here (LinearLR)."
+    )
+
+
+@pytest.mark.parametrize("steps", [20, None])
+@pytest.mark.parametrize("monitored", [False, True])
+def test_the_finder_leaves_no_trace(steps, monitored, tmp_path, capsys):
+    finder, checkpoints = RateFinder(steps), ModelCheckpoint(tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
+    module = Changing(lambda module: configure_elra(module, "elra_adamw", weight_decay=0.1, scheduler=warming))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    run = trainer(
+        tmp_path,
+        callbacks=[finder, checkpoints, *([ElraMonitor()] if monitored else [])],
+        max_epochs=50,
+        enable_checkpointing=True,
+    )
+    run.fit(module, loader(), loader())
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert not (tmp_path / "kept").exists()
+    assert checkpoints in run.callbacks
+    assert run.global_step == finder.found.steps
+    assert finder.found.steps == steps if steps else finder.found.settled
+    assert not run.optimizers[0].state
+    assert random.getstate() == module.chance[0]
+    out = capsys.readouterr().out
+    assert out.count("found the rate") == 1
+    assert f"RateFinder: {finder.found.steps} steps; weights, optimizer and random numbers are as before." in out
+
+
+def test_the_schedule_is_held_at_its_full_rate():
+    module = Classifier(lambda module: configure_elra(module, "elra_adamw", lr=1e-3, scheduler=warming))
+    applied = []
+
+    class Watching(RateFinder):
+        def on_train_batch_end(self, trainer, *rest):
+            group = trainer.optimizers[0].param_groups[0]
+            applied.append((float(group["effective_lr"]), float(group["alpha"])))
+            super().on_train_batch_end(trainer, *rest)
+
+    trainer(callbacks=[Watching(5)], max_epochs=2).fit(module, loader())
+    assert len(applied) == 5
+    assert all(rate == pytest.approx(alpha) for rate, alpha in applied)
+
+
+def test_the_run_after_the_finder_is_the_run_without_it():
+    def trained(find: bool) -> torch.Tensor:
+        module = Classifier(lambda module: optimizer_of("elra_adamw", module))
+        if find:
+            trainer(callbacks=[RateFinder(7)]).fit(module, loader())
+        trainer().fit(module, loader())
+        return flat(module)
+
+    assert torch.equal(trained(True), trained(False))
+
+
+def test_what_the_finder_cannot_search_is_refused():
+    sgd = Classifier(lambda module: torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="SGD finds no rate: train with ElraAdamW"):
+        trainer(callbacks=[RateFinder()]).fit(sgd, loader())
+    with pytest.raises(ValueError, match="RateFinder finds the rate of one optimizer, and this module has 2"):
+        trainer(callbacks=[RateFinder()]).fit(Gan(), loader())
