@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 # the theme's advertisement of its successor
 export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: demo demo-lm test docs bench test-transformers4 test-deepspeed check clean
+.PHONY: demo demo-lm test docs bench test-transformers4 test-deepspeed test-trainers check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
@@ -39,6 +39,10 @@ test-transformers4: .venv-tf4/.installed
 # in an environment of its own: DeepSpeed is built from source, and everything else must work without it
 test-deepspeed: .venv-ds/.installed
 	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
+
+# other people's trainers, unmodified
+test-trainers: .venv-trainers/.installed
+	.venv-trainers/bin/python -m pytest tests/trainers $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -75,4 +79,10 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	.venv-ds/bin/python -m pip install --quiet setuptools wheel
 	# its setup imports the torch that is installed; no operators are compiled
 	DS_BUILD_OPS=0 .venv-ds/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+.venv-trainers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-trainers
+	.venv-trainers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]" \
+		peft pytest pytest-rerunfailures pytest-timeout trl==1.16.0 sentence-transformers==6.2.0 setfit==1.2.0
 	touch $@

@@ -91,7 +91,7 @@ def keeper(optimizer: Any) -> Elra:
     apart = inner.process_group is not None and dist.get_world_size(inner.process_group) > 1
     slicers = {slicer(p) for p, _ in params} if apart else set()
     if any(module.startswith("deepspeed.") for module in _wrappers(optimizer)):
-        slicers.add("DeepSpeed")
+        slicers = {"DeepSpeed"}
     if slicers - {None}:
         raise ValueError(
             f"averaged: {' and '.join(sorted(filter(None, slicers)))} lets the optimizer step copies or slices of the weights, "

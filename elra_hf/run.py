@@ -1,7 +1,7 @@
 """``python -m elra_hf.run SCRIPT ARGS…`` or ``-m MODULE ARGS…``: a script that never heard of us learns ``--optim elra_*``.
 
 Also under launchers: ``torchrun … -m elra_hf.run SCRIPT …``, ``accelerate launch … -m elra_hf.run SCRIPT …`` and
-``deepspeed --module elra_hf.run SCRIPT …``. Processes that the script starts with multiprocessing know the names, too.
+``deepspeed --module elra_hf.run SCRIPT …``. Whatever Python the script starts knows the names, too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import runpy
 import sys
 
 import elra_hf  # noqa: F401  registers the optimizers
-from elra_hf.adapters.find import find, read_steps, searched
-from elra_hf.adapters.replace import NAMES, built, replace
-from elra_hf.adapters.spawn import reach_children
+from elra_hf.adapters.children import learn
+from elra_hf.adapters.find import read_steps, searched
+from elra_hf.adapters.replace import NAMES, built
 
 USAGE = f"""\
 usage: python -m elra_hf.run [OPTIONS] SCRIPT [ARGS...]
@@ -28,8 +28,7 @@ Options of ours stand before SCRIPT or -m; everything after is the script's.
 
 Under a launcher: torchrun ... -m elra_hf.run SCRIPT ..., accelerate launch ... -m elra_hf.run SCRIPT ...,
 deepspeed ... --module elra_hf.run SCRIPT ...
-A command that starts Python anew (trl sft ...) does not hand the names on: run the module that it starts,
-e.g. python -m elra_hf.run -m trl.scripts.sft ...
+A command that is a Python script works, too, with all that it starts: python -m elra_hf.run "$(which trl)" sft ...
 """
 
 
@@ -63,14 +62,10 @@ def main() -> None:
         sys.exit(2)
     if not as_module and not os.path.exists(args[0]):
         _stop(f"no script {args[0]!r}. For a module: python -m elra_hf.run -m {args[0]}", 1)
-    if replaced:
-        try:
-            replace(replaced)
-        except ValueError as error:
-            _stop(str(error))
-    if steps:
-        find(steps)
-    reach_children(replaced, steps)
+    try:
+        learn(replaced, steps)
+    except ValueError as error:
+        _stop(str(error))
     sys.argv = [args[0], *launchers, *args[1:]]
     if as_module:
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
@@ -81,7 +76,7 @@ def main() -> None:
     if replaced and not built():
         print(f"elra_hf.run: --replace {replaced}: this process built no torch.optim.AdamW", file=sys.stderr)
     if steps and not searched():
-        _stop("--find-rate: this process trained with no Trainer of transformers, so that no rate was found", 1)
+        print("elra_hf.run: --find-rate: this process itself trained with no Trainer of transformers", file=sys.stderr)
 
 
 def _stop(message: str, status: int = 2) -> str:

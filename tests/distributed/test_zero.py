@@ -124,6 +124,9 @@ def test_resumed_equals_not_stopped(stage, variant, groups, results):
         ("sub-groups, group passed by hand", r"sees 1 of \d parameters.*sub_group_size"),
         ("offload", "offload_optimizer.device='cpu' .* DeepSpeedCPUAdam"),
         ("AutoTP", "autotp_size=2 .* not supported"),
+        ("averaged", "DeepSpeed lets the optimizer step copies or slices"),
+        ("averaged, ours inside", "DeepSpeed ZeRO lets the optimizer step copies or slices"),
+        ("snapshot", "find the rate without DeepSpeed"),
     ],
 )
 def test_refused(case, message, results):

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elra_hf import rate
+from elra_hf import averaged, rate
 from elra_hf.adapters.deepspeed import sharding_group
+from elra_hf.adapters.found import Snapshot
 
 from .setups import STEPS, VARIANTS, Net, batch, build, flatten, make, reduction
 
@@ -149,6 +150,11 @@ def behaviour() -> dict[str, Any]:
         engine, optimizer = begin(config, "elra_c2min", single, **options)
         return outcome(engine, *advance(engine, optimizer, range(STEPS)))
 
+    def swap(inside: bool) -> None:
+        engine, optimizer = begin(configuration(2), "elra_adamw", True)
+        with averaged(optimizer if inside else engine.optimizer):
+            pass
+
     refused = {
         "no group": lambda: steps(configuration(2), process_group=None),
         **{f"one rate for two groups, ZeRO-{s}": lambda s=s: steps(configuration(s), single=False) for s in STAGES},
@@ -156,6 +162,9 @@ def behaviour() -> dict[str, Any]:
         "sub-groups, group passed by hand": lambda: steps(configuration(3, sub_group_size=40), process_group=dist.group.WORLD),
         "offload": lambda: steps(configuration(2, offload_optimizer={"device": "cpu"})),
         "AutoTP": lambda: steps({**configuration(2), "tensor_parallel": {"autotp_size": 2}}),
+        "averaged": lambda: swap(False),
+        "averaged, ours inside": lambda: swap(True),
+        "snapshot": lambda: Snapshot(*begin(configuration(2), "elra_adamw", True)),
     }
     results: dict[str, Any] = {name: complaint(function) for name, function in refused.items()}
     trained = {
