@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-lm test bench test-transformers4 test-deepspeed check clean
+.PHONY: demo demo-lm test soak bench test-transformers4 test-deepspeed check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
@@ -20,6 +20,10 @@ demo-lm: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# real runs killed 50 times and resumed, and 100,000 steps in which anything may happen, at most 15 minutes
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.soak $(ARGS)
 
 # the quick suite of the benchmarks; continues the committed rows, RESULTS=outputs/bench/quick.csv measures everything anew
 bench: $(VENV)/.installed-bench
