@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 # the theme's advertisement of its successor
 export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: demo demo-lm test docs bench test-transformers4 test-deepspeed test-trainers check clean
+.PHONY: demo demo-lm test soak docs bench test-transformers4 test-deepspeed test-trainers check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
@@ -22,6 +22,10 @@ demo-lm: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# real runs killed 50 times and resumed, and 100,000 steps in which anything may happen, at most 15 minutes
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.soak $(ARGS)
 
 # the pages of docs/, at http://127.0.0.1:8000 until Ctrl-C; written anew when a file changes
 docs: $(VENV)/.installed

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .checks import is_number
 from .pieces import Piece, Scalar, add_scaled, dot
 
 Counts = Mapping[str, Any]  # of one age, by name; `Scalar`s
@@ -109,7 +110,8 @@ class Direction(Protocol):
 
 def check_betas(betas: tuple[float, float]) -> None:
     """Raise ValueError unless ``betas`` is a pair of numbers in [0, 1)."""
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0.0 <= float(b) < 1.0 for b in betas)):
+    pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
+    if not (pair and all(0.0 <= float(b) < 1.0 for b in betas)):
         raise ValueError(f"betas={betas!r} is invalid: give a pair of numbers in [0, 1)")
 
 
@@ -308,7 +310,7 @@ class Adam:
 
     def check(self, group: dict[str, Any]) -> None:
         check_betas(group["betas"])
-        if not (math.isfinite(group["eps"]) and group["eps"] > 0.0):
+        if not (is_number(group["eps"]) and 0.0 < group["eps"] < math.inf):
             raise ValueError(f"eps={group['eps']!r} is invalid: give a small positive number, e.g. 1e-8")
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import check_number
 from .directions import Direction
 from .pieces import SIZES
 from .rules import Rule
@@ -43,19 +43,6 @@ MOST_RATIO = 100.0
 def is_wide(param: Tensor) -> bool:
     """Whether ``param`` calls for a rate in float64."""
     return param.dtype in (torch.float64, torch.complex128)
-
-
-def check_number(name: str, value: Any) -> float:
-    """``value`` as a float.
-
-    Raises:
-        ValueError: it is not a finite number >= 0, nor a tensor of one.
-    """
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}={value!r} is invalid: Tensor {name} must be 1-element, give one number")
-    if isinstance(value, Tensor | numbers.Real) and 0.0 <= float(value) < math.inf:
-        return float(value)
-    raise ValueError(f"{name}={value!r} is invalid: give a finite number >= 0")
 
 
 def number(lr: Any) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import kernels
 from .cells import Verdict
+from .checks import check_number, is_number
 from .directions import Direction, Move
-from .groups import check_number
 from .judge import Judge
 from .pieces import SIZES, Bucket, dot
 from .reduce import Groups as Ranks
@@ -85,14 +85,15 @@ class Elra(Judge):
             )
         if scope not in SCOPES:
             raise ValueError(f"scope={scope!r} is unknown: give one of {', '.join(map(repr, SCOPES))}")
-        if not (len(bounds) == 2 and 0.0 < bounds[0] < bounds[1] < math.inf):
+        pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(is_number, bounds))
+        if not (pair and 0.0 < bounds[0] < bounds[1] < math.inf):
             raise ValueError(f"bounds={bounds!r} is invalid: give (lowest, highest) with 0 < lowest < highest < inf")
         if scope == "tensor" and process_group is not None:
             raise ValueError(
                 'scope="tensor" does not go with process_group=: FSDP1 and DeepSpeed ZeRO cut parameters where they like, '
                 'and ranks without a part of one would not know its rate. Take scope="global" or "group", or FSDP2'
             )
-        if not 0.0 < restart_factor < 1.0:
+        if not (is_number(restart_factor) and 0.0 < restart_factor < 1.0):
             raise ValueError(f"restart_factor={restart_factor!r} is invalid: give a factor in (0, 1), e.g. 1/3")
         if not check_number("lr", lr) > 0.0:
             raise ValueError(

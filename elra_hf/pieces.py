@@ -89,7 +89,7 @@ class Bucket:
             x = torch.where(g != 0, p, 0.0) if self.padded else p
             used, entries = x != 0, (g != 0).sum() if self.padded else x.new_ones((), dtype=torch.int64) * x.numel()
             logs = torch.where(used, x.abs().to(self.dtype), 1.0).log().sum()
-            fans = -0.5 * math.log(fan) * entries
+            fans = -0.5 * math.log(fan) * entries.to(self.dtype)  # a whole number would become one of the default dtype
             numbers = (logs, used.sum(), fans, entries, x.to(self.dtype).square().sum())
             result += torch.stack([number.to(self.dtype) for number in numbers])
         return result

@@ -19,7 +19,7 @@ ADAM_FIRST = 0.005
 
 def momentum(betas: tuple[float, float], horizon: float) -> Direction:
     """What a rule of c2min or p2min is measured along: the paper's needs the last gradient."""
-    return SuccessiveGradients(betas) if math.isinf(horizon) else Momentum(betas)
+    return SuccessiveGradients(betas) if horizon == math.inf else Momentum(betas)
 
 
 class ElraC2Min(Elra):

@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import is_number
+
 # Length of the first step along a gradient, over that of the weights: of c2min and p2min by default, a start only.
 FIRST = 0.003
 
@@ -63,7 +65,7 @@ def cosine(product: Tensor, square_a: Tensor, square_b: Tensor) -> Tensor:
 def check_gain(gain: float | tuple[float, float], below: float) -> None:
     """Raise ValueError unless every member of ``gain`` is in (0, ``below``)."""
     members = gain if isinstance(gain, tuple) else (gain,)
-    if len(members) not in (1, 2) or not all(0.0 < float(g) < below for g in members):
+    if len(members) not in (1, 2) or not all(is_number(g) and 0.0 < float(g) < below for g in members):
         raise ValueError(
             f"gain={gain!r} is invalid: give a number in (0, {below:g}), or a pair (down, up) of them, e.g. gain=(0.5, 0.6)"
         )
@@ -80,7 +82,7 @@ def signed_gain(gain: float | tuple[float, float], signal: Tensor) -> Tensor | f
 def check_positive(**named: float) -> None:
     """Raise ValueError unless every number is positive; infinity is."""
     for name, value in named.items():
-        if not value > 0.0:
+        if not (is_number(value) and value > 0.0):
             raise ValueError(f"{name}={value!r} is invalid: give a positive number")
 
 

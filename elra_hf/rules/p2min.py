@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from .base import Decision, Dots, Memory, check_positive, cosine, first_rate, heading, settling
 
 
@@ -33,7 +34,7 @@ class P2Min:
     horizon: float = 10.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.growth_limit) and self.growth_limit > 1.0):
+        if not (is_number(self.growth_limit) and 1.0 < self.growth_limit < math.inf):
             raise ValueError(f"growth_limit={self.growth_limit!r} is invalid: give a finite number above 1, e.g. 2.0")
         check_positive(horizon=self.horizon)
 

@@ -1,0 +1,200 @@
+"""State has the precision that its parameter calls for, on its parameter's device, whatever happened before."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from .problems import VARIANTS, batch, flat, net, same, snapshot, train
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+every = pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
+scopes = pytest.mark.parametrize("scope", ["global", "tensor"])
+moves = pytest.mark.parametrize(
+    ("old", "new"), list(itertools.permutations(DTYPES, 2)), ids=lambda each: str(each).removeprefix("torch.")
+)
+
+
+def right(optimizer):
+    """Each tensor of the state has its dtype, device and shape."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name, dtype in optimizer.direction.dtypes(p, group).items():
+                state = optimizer.state[p][name]
+                assert (state.dtype, state.device, state.shape) == (dtype, p.device, p.shape), name
+            for name in optimizer.direction.counters:
+                assert optimizer.state[p][name].dtype in (torch.float32, torch.float64)
+
+
+def alive(optimizer, before):
+    """Every number that a step writes has been written."""
+    return all(not torch.equal(a.double(), b.double()) for a, b in zip(before, tensors(optimizer), strict=True))
+
+
+def tensors(optimizer):
+    return [v.clone() for state in optimizer.state.values() for v in state.values() if v.dim() > 1]
+
+
+@every
+@scopes
+@moves
+def test_a_checkpoint_goes_on_in_another_dtype(cls, scope, old, new):
+    model, other = net(dtype=old), net(dtype=new)
+    optimizer, resumed = cls(model.parameters(), scope=scope), cls(other.parameters(), scope=scope)
+    train(model, optimizer, range(12))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    right(resumed)
+    for a, b in zip(tensors(optimizer), tensors(resumed), strict=True):
+        assert torch.equal(a.to(b.dtype), b)  # rounded at most once
+    before = tensors(resumed)
+    losses = train(other, resumed, range(12, 60))
+    right(resumed)
+    assert alive(resumed, before)
+    assert sum(losses[-10:]) < sum(losses[:10]) + 0.5
+    assert torch.isfinite(flat(other)).all()
+
+
+@every
+@scopes
+@moves
+def test_a_model_is_cast_between_two_steps(cls, scope, old, new):
+    """``model.float()``, ``model.double()``, ``model.to(torch.bfloat16)``; the parameters stay the same objects."""
+    model = net(dtype=old)
+    optimizer = cls(model.parameters(), scope=scope)
+    train(model, optimizer, range(12))
+    model.to(new)
+    before = tensors(optimizer)
+    train(model, optimizer, [12])
+    right(optimizer)
+    train(model, optimizer, range(13, 17))
+    assert alive(optimizer, before)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    # a counter that was float32 stays so until it is loaded
+    assert train(model, optimizer, range(17, 22)) == pytest.approx(train(twin_model, twin, range(17, 22)), rel=1e-6)
+
+
+class Mixed(nn.Module):
+    """Norms in float32, matrices in a dtype of their own."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.first, self.second = nn.LayerNorm(6), nn.Linear(6, 8).to(dtype), nn.Linear(8, 3).to(dtype)
+
+    def forward(self, x):
+        hidden = self.first(self.norm(x.to(self.norm.weight.dtype)).to(self.first.weight.dtype)).tanh()
+        return self.second(hidden).float()
+
+
+@every
+@pytest.mark.parametrize("old", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("new", ["itself", torch.float32, torch.bfloat16])
+def test_a_mixed_model_never_shares_a_bucket(cls, old, new):
+    model = Mixed(old)
+    optimizer = cls(model.parameters())
+    train(model, optimizer, range(10))
+    other = Mixed(old) if new == "itself" else Mixed(old).to(new)
+    other.load_state_dict(model.state_dict())
+    resumed = cls(other.parameters())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = tensors(resumed)
+    train(other, resumed, range(10, 16))
+    right(resumed)
+    assert alive(resumed, before)
+    if new == "itself":
+        train(model, optimizer, range(10, 16))
+        assert same(snapshot(optimizer), snapshot(resumed))
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_default_dtype_does_not_matter(cls, dtype):
+    expected_model = net()
+    expected = cls(expected_model.parameters())
+    losses = train(expected_model, expected, range(12))
+    model = net()
+    default = torch.get_default_dtype()
+    data = [batch(step) for step in range(12)]
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = cls(model.parameters())
+        seen = []
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        loaded = cls(model.parameters())
+        loaded.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_default_dtype(default)
+    right(optimizer)
+    assert seen == losses
+    assert same(snapshot(optimizer), snapshot(expected))
+    assert same(snapshot(loaded), snapshot(expected))
+
+
+@every
+@scopes
+def test_built_and_stepped_under_a_default_device(cls, scope):
+    """Large models are built on meta; the optimizer's own numbers must not end up there."""
+    model, other = net(), net()
+    expected = cls(model.parameters(), scope=scope)
+    losses = train(model, expected, range(8))
+    data = [batch(step) for step in range(8)]
+    with torch.device("meta"):
+        optimizer = cls(other.parameters(), scope=scope)
+        seen = []
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(other(x), y)
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == losses
+    right(optimizer)
+    assert same(snapshot(optimizer), snapshot(expected))
+
+
+@every
+@scopes
+def test_a_model_is_made_real_after_the_optimizer_was_built(cls, scope):
+    """``to_empty`` keeps the parameters and exchanges what they hold; nothing is made before the first step."""
+    with torch.device("meta"):
+        model = net()
+    optimizer = cls(model.parameters(), scope=scope)
+    params = list(model.parameters())
+    real = net()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
+    model.load_state_dict(real.state_dict())
+    assert train(model, optimizer, range(8)) == train(real, cls(real.parameters(), scope=scope), range(8))
+
+
+@every
+def test_counters_count_beyond_256_in_bfloat16(cls):
+    """Where 256 + 1 is 256: also over a checkpoint, after which torch casts what it can."""
+    x = torch.randn(16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    optimizer = cls([x])
+    for step in range(600):
+        if step in (250, 300):
+            again = cls([x])
+            again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer = again
+        x.grad = (x.detach() - 0.5) + 0.1 * (-1) ** step
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    assert group["restarts"].item() == 0
+    assert group["elra_steps"].item() == 600
+    assert optimizer.state[x]["step"].item() == 600

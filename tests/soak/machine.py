@@ -1,0 +1,168 @@
+"""Anything that may happen to an optimizer, in any order: hypothesis looks for an order that breaks it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import nn
+
+from tests.core.problems import VARIANTS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+STEPS = {"taken": 0}
+
+
+class Life(RuleBasedStateMachine):
+    """One optimizer; and at any moment a twin from a copy, which must go on alike."""
+
+    @initialize(
+        cls=st.sampled_from(list(VARIANTS.values())),
+        scope=st.sampled_from(["global", "group", "tensor"]),
+        paper=st.booleans(),
+        decay=st.sampled_from([0.0, 0.1, 100.0]),
+        lr=st.sampled_from([1e-8, 1e-5, 1.0]),
+        tensor_lr=st.booleans(),
+        maximize=st.booleans(),
+    )
+    def begin(self, cls, scope, paper, decay, lr, tensor_lr, maximize):
+        options = {"horizon": math.inf} if paper and "horizon" in cls.__init__.__annotations__ else {}
+        self.generator = torch.Generator().manual_seed(0)
+        self.make = lambda groups: cls(
+            groups,
+            lr=torch.tensor(lr) if tensor_lr else lr,
+            scope=scope,
+            weight_decay=decay,
+            maximize=maximize,
+            **options,
+        )
+        self.optimizer = self.make([{"params": [self.fresh(4, 3), self.fresh(5)]}])
+        self.refused = self.frozen = None
+        self.schedule = 1.0
+
+    def fresh(self, *shape, dtype=torch.float32):
+        return nn.Parameter(torch.randn(shape, generator=self.generator).to(dtype))
+
+    @property
+    def params(self):
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def grads(self, kind, size):
+        """Gradients of a bowl and noise, of any length, or bad."""
+        for i, p in enumerate(self.params):
+            p.grad = None
+            if self.frozen is not None and i % 3 == self.frozen:
+                continue
+            noise = torch.randn(p.shape, generator=self.generator)
+            grad = (size * (p.detach().double().clamp(-1e3, 1e3) * 0.1 + noise)).to(p.dtype)
+            if kind == "zero":
+                grad = torch.zeros_like(p)
+            elif kind in ("nan", "inf") and i == 0:
+                grad.view(-1)[0] = math.nan if kind == "nan" else -math.inf
+            p.grad = grad
+
+    def step(self, kind, size=1.0, **options):
+        self.grads(kind, size)
+        before = float(self.optimizer.param_groups[0]["elra_restarts"])
+        self.optimizer.step(**options)
+        STEPS["taken"] += 1
+        refused = float(self.optimizer.param_groups[0]["elra_restarts"]) > before
+        good = kind == "good" and any(p.grad is not None for p in self.params)
+        assert not (good and refused and self.refused), "two good steps in a row are refused"
+        self.refused = refused if good else None
+
+    @rule(size=st.sampled_from([1e-20, 1e-3, 1.0, 1.0, 1.0, 30.0, 1e3, 1e12]), times=st.integers(1, 6))
+    def good_steps(self, size, times):
+        for _ in range(times):
+            self.step("good", size)
+
+    @rule(kind=st.sampled_from(["nan", "inf", "zero"]))
+    def odd_step(self, kind):
+        self.step(kind)
+
+    @rule(loss=st.sampled_from([1.0, 1.0, 0.0, -3.0, 1e6, math.nan, math.inf]), shape=st.sampled_from([(), (1,)]))
+    def step_with_a_loss(self, loss, shape):
+        self.step("good", loss=torch.full(shape, loss))
+
+    @rule(loss=st.sampled_from([1.0, 1e9, math.nan, None]))
+    def step_with_a_closure(self, loss):
+        assert self.optimizer.step(lambda: loss) is loss
+        self.refused = None
+        STEPS["taken"] += 1
+
+    @rule(share=st.sampled_from([0.0, 0.01, 0.5, 1.0, 1.0, 100.0]))
+    def a_schedule_writes(self, share):
+        for group in self.optimizer.param_groups:
+            lr = group.setdefault("initial_lr", float(group["lr"])) * share
+            group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else group.update(lr=lr)
+
+    @rule(which=st.sampled_from([None, 0, 1, 2]))
+    def freeze(self, which):
+        self.frozen = which
+
+    @rule(lr=st.sampled_from([None, 0.0, 1e-3, 1e4]), dtype=st.sampled_from(DTYPES), zero=st.booleans())
+    def add_a_group(self, lr, dtype, zero):
+        if len(self.optimizer.param_groups) < 4:
+            late = self.fresh(3, 2, dtype=dtype)
+            late.data.mul_(0.0 if zero else 1.0)
+            self.optimizer.add_param_group({"params": [late], **({} if lr is None else {"lr": lr})})
+
+    @rule(dtype=st.sampled_from(DTYPES), which=st.integers(0, 3))
+    def cast(self, dtype, which):
+        for i, p in enumerate(self.params):
+            if i % 3 == which or which == 3:
+                p.grad = None
+                p.data = p.data.to(dtype)
+
+    @rule(how=st.sampled_from([copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]), size=st.sampled_from([1.0, 1e3]))
+    def copy_goes_on_alike(self, how, size):
+        self.grads("good", size)
+        grads = [p.grad for p in self.params]
+        twin = how(self.optimizer)
+        others = [p for group in twin.param_groups for p in group["params"]]
+        for p, grad in zip(others, grads, strict=True):
+            p.grad = None if grad is None else grad.clone()
+        for each in (self.optimizer, twin):
+            each.step()
+            STEPS["taken"] += 1
+        self.refused = None
+        assert numbers(self.optimizer) == numbers(twin)
+        assert all(same(a, b) for a, b in zip(self.params, others, strict=True))
+
+    @rule()
+    def save_and_load(self):
+        saved = copy.deepcopy(self.optimizer.state_dict())
+        loaded = self.make([{"params": group["params"]} for group in self.optimizer.param_groups])
+        loaded.load_state_dict(saved)
+        assert numbers(loaded) == numbers(self.optimizer)
+        for p in self.params:
+            old, new = self.optimizer.state.get(p, {}), loaded.state.get(p, {})
+            assert old.keys() == new.keys()
+            for name, value in old.items():
+                if value.dtype == new[name].dtype:  # else p was cast after its last step
+                    assert same(value, new[name]), name
+        self.optimizer = loaded
+
+    @invariant()
+    def healthy(self):
+        if not hasattr(self, "optimizer"):
+            return
+        low, high = self.optimizer.bounds
+        for p in self.params:
+            assert torch.isfinite(p).all()
+        for group in self.optimizer.param_groups:
+            assert low * (1 - 1e-5) <= float(group["elra_alpha"]) <= high * (1 + 1e-5)
+
+
+def same(a, b):
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def numbers(optimizer):
+    """What the groups of a checkpoint say, to compare."""
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    return [{name: str(value) for name, value in group.items() if name != "params"} for group in groups]
