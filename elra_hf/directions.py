@@ -41,6 +41,28 @@ class Move(NamedTuple):
     last: Scalar
 
 
+class Numbers(NamedTuple):
+    """What a pass over tensors multiplies with, for one bucket.
+
+    Attributes:
+        beta1: what is left of the momentum.
+        beta2: what the momentum weighs in the direction, of `Momentum`.
+        eps: Adam's ε.
+        fresh: what G_t² weighs in v.
+        first: 1 where the momentum is G_t beforehand, else 0.
+        rate: what multiplies the momentum over √v, or the direction.
+        share: of x_{t+1} in the average of all iterates.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    fresh: Scalar
+    first: Scalar
+    rate: Scalar
+    share: Scalar
+
+
 class Direction(Protocol):
     """What `Elra` asks of a direction.
 
@@ -66,6 +88,10 @@ class Direction(Protocol):
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         """The state of one parameter: tensors shaped like it, by name, with their dtypes."""
+        ...
+
+    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
+        """What a pass multiplies with: the update with its η, the measurement with the last one. For kernels."""
         ...
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
@@ -100,11 +126,6 @@ def share(counts: Counts) -> Scalar:
     return result
 
 
-def follow(way: Tensor, counts: Counts, move: Move) -> None:
-    """x̄_{t+1} - x_{t+1} from ``way``, x̄_t - x_{t+1}."""
-    way.mul_(1.0 - move.taken * share(counts))
-
-
 @dataclass(frozen=True)
 class Momentum:
     """Quasi-hyperbolic momentum of past gradients, Euclidean metric. Source: arXiv 2309.06274.
@@ -134,13 +155,17 @@ class Momentum:
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         return dict.fromkeys(("way", "momentum") if group["betas"][1] else ("way",), param.dtype)
 
+    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
+        beta1, beta2 = group["betas"]
+        return Numbers(beta1, beta2, 0.0, 0.0, _is(counts["step"] == 0), rate, share(counts))
+
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         letters = {"g": piece.g, "s": piece.state["way"], "m": piece.state.get("momentum")}
         pairs = [(letters[need[0]], letters[need[1]]) for need in needs]
         return [piece.g.new_zeros(()) if x is None or y is None else dot(x, y) for x, y in pairs]
 
     def update(self, piece: Piece, counts: Counts, move: Move) -> None:
-        beta1, beta2 = piece.bucket.group["betas"]
+        c = self.numbers(piece.bucket.group, counts, move.rate)
         p, way, m, g = piece.p, piece.state["way"], piece.state.get("momentum"), gradient(piece, move)
         if not isinstance(move.back, float) or move.back:
             add_scaled(p, way, move.back)
@@ -148,15 +173,14 @@ class Momentum:
         if move.decay is not None:
             add_scaled(way, p, move.decay)
             add_scaled(p, p, -move.decay)
-        new = _is(counts["step"] == 0)
         if m is not None:
-            m.lerp_(g, new * move.taken)  # M_1 = G_1
+            m.lerp_(g, c.first * move.taken)  # M_1 = G_1
             for y, sign in ((p, -1.0), (way, 1.0)):
-                add_scaled(y, m, sign * beta2 * move.rate)
-            m.lerp_(g, (1.0 - beta1) * move.taken)
+                add_scaled(y, m, sign * c.beta2 * c.rate)
+            m.lerp_(g, (1.0 - c.beta1) * move.taken)
         for y, sign in ((p, -1.0), (way, 1.0)):
-            add_scaled(y, g, sign * (1.0 - (beta2 if m is not None else 0.0)) * move.rate)
-        follow(way, counts, move)
+            add_scaled(y, g, sign * (1.0 - (c.beta2 if m is not None else 0.0)) * c.rate)
+        way.mul_(1.0 - move.taken * c.share)
 
     def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
         return {"step": (counts["step"] + move.taken) * move.kept}
@@ -191,6 +215,10 @@ class SuccessiveGradients:
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         return dict.fromkeys(("grad_prev", "momentum") if group["betas"][1] else ("grad_prev",), param.dtype)
+
+    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
+        beta1, beta2 = group["betas"]
+        return Numbers(beta1, beta2, 0.0, 0.0, _is(counts["step"] == 1), rate, 0.0)
 
     def _last_weights(self, piece: Piece, counts: Counts) -> tuple[Scalar, Scalar]:
         """(a, b) of d_{t-1} = a·G_{t-1} + b·M_{t-1}: (0, 0) before a step, and step 1 moved along G_1 alone."""
@@ -294,16 +322,21 @@ class Adam:
             return total, torch.where(total > 0, rate / total, 1.0)
         return total, rate / total if total > 0 else 1.0
 
+    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        correction = 1.0 / (1.0 - beta1 ** (counts["step"] * 1.0 + 1.0)) if beta1 else 1.0
+        return Numbers(beta1, beta2, eps, self._fresh(beta2, counts, rate)[1], 0.0, rate * correction, share(counts))
+
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
-        beta2, eps = piece.bucket.group["betas"][1], piece.bucket.group["eps"]
-        _, fresh = self._fresh(beta2, counts, last)
+        c = self.numbers(piece.bucket.group, counts, last)
+        fresh = c.fresh
         g, way = piece.g, piece.state["way"]
         metric = piece.state["variance"] * (1.0 - fresh)
         if isinstance(fresh, float):
             metric.addcmul_(g, g, value=fresh)
         else:
             metric.addcmul_(g * fresh, g)
-        metric.sqrt_().add_(eps)
+        metric.sqrt_().add_(c.eps)
         work = g / metric
         found = {"gg": dot(work, g), "gs": dot(g, way)}
         found["gm"] = dot(work, piece.state["mean"])
@@ -312,28 +345,28 @@ class Adam:
         return [found[need] for need in needs]
 
     def update(self, piece: Piece, counts: Counts, move: Move) -> None:
-        (beta1, beta2), eps = piece.bucket.group["betas"], piece.bucket.group["eps"]
+        c = self.numbers(piece.bucket.group, counts, move.rate)
         p, way, m, v = piece.p, piece.state["way"], piece.state["mean"], piece.state["variance"]
         g = gradient(piece, move)
         if not isinstance(move.back, float) or move.back:
             add_scaled(p, way, move.back)
             way.mul_(1.0 - move.back)
-            m.mul_(move.kept)
+            m.mul_(1.0 - move.back)
         if move.decay is not None:
             add_scaled(way, p, move.decay)
             add_scaled(p, p, -move.decay)
-        m.lerp_(g, (1.0 - beta1) * move.taken)
-        fresh = self._fresh(beta2, counts, move.rate)[1] * move.taken
+        m.lerp_(g, (1.0 - c.beta1) * move.taken)
+        fresh = c.fresh * move.taken
         v.mul_(1.0 - fresh)
         if isinstance(fresh, float):
             v.addcmul_(g, g, value=fresh)
         else:
             v.addcmul_(g * fresh, g)
-        moved = m / v.sqrt().add_(eps)
-        correction = 1.0 / (1.0 - beta1 ** (counts["step"] * 1.0 + 1.0)) if beta1 else 1.0
+        moved = v.sqrt().add_(c.eps)
+        torch.div(m, moved, out=moved)
         for y, sign in ((p, -1.0), (way, 1.0)):
-            add_scaled(y, moved, sign * move.rate * correction)
-        follow(way, counts, move)
+            add_scaled(y, moved, sign * c.rate)
+        way.mul_(1.0 - move.taken * c.share)
 
     def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
         total, _ = self._fresh(group["betas"][1], counts, move.rate)

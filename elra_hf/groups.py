@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -21,7 +22,6 @@ SCALARS = {
     "cos": 0.0,
     "restarts": 0.0,
     "clamps": 0.0,
-    "steps": 0.0,
     "longest": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,
@@ -35,11 +35,27 @@ PUBLIC = ("alpha", "cos", "restarts", "clamps", "scale", "effective_lr")
 # all others refer to, the lr of the group at the schedule's full rate and the highest seen, positions that sat out the last
 # step, calls of step() up to 2.
 PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None, "elra_idle": "", "elra_calls": 0}
+# The most that a group's lr may be above the lr that α stands for: a group further below the highest is meant to stand still,
+# and not to make the others' rates α times 10 to the 25.
+MOST_RATIO = 100.0
 
 
 def is_wide(param: Tensor) -> bool:
     """Whether ``param`` calls for a rate in float64."""
     return param.dtype in (torch.float64, torch.complex128)
+
+
+def check_number(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ValueError: it is not a finite number >= 0, nor a tensor of one.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name}={value!r} is invalid: Tensor {name} must be 1-element, give one number")
+    if isinstance(value, Tensor | numbers.Real) and 0.0 <= float(value) < math.inf:
+        return float(value)
+    raise ValueError(f"{name}={value!r} is invalid: give a finite number >= 0")
 
 
 def number(lr: Any) -> Any:
@@ -57,8 +73,8 @@ class Groups(Optimizer):
 
     @property
     def _cell_names(self) -> dict[str, float]:
-        """What is kept for each rate beside α, with start values: the sizes of the weights, and the memory of the rule."""
-        return {"scale": 0.0, **dict.fromkeys(SIZES, 0.0), **self.rule.memory}
+        """What is kept for each rate beside α, with start values: sizes of the weights, steps taken, the memory of the rule."""
+        return {"scale": 0.0, **dict.fromkeys(SIZES, 0.0), "steps": 0.0, **self.rule.memory}
 
     @property
     def _scalars(self) -> dict[str, float]:
@@ -73,7 +89,7 @@ class Groups(Optimizer):
     # ---- groups -----------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, also in mid-training: it then starts at the rate reached so far."""
+        """Add a group, also in mid-training: it then shares the rate, or under other scopes finds its own."""
         # a group of another optimizer's brings its state along, which is not this one's
         mine = {
             name
@@ -92,9 +108,7 @@ class Groups(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
-            value = float(group[name])
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name}={group[name]!r} is invalid: give a finite number >= 0")
+            check_number(name, group[name])
         unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names", "name"}
         for name in sorted(unknown & {"gain", "growth_limit", "horizon", "scope", "bounds", "restart_factor"}):
             if group[name] == getattr(self, name, getattr(self.rule, name, None)):
@@ -118,7 +132,8 @@ class Groups(Optimizer):
         for name, start in {"alpha": float(self.defaults["lr"]), **self._scalars}.items():
             key = f"elra_{name}"
             value = group.get(key)
-            if value is None and name != "multiplier":  # the last move of a late group has no length
+            shared = name not in self._cell_names or self.scope == "global"
+            if value is None and shared and name != "multiplier":  # the last move of a late group has no length
                 value = first.get(key)
             # whatever the default device is; the step brings it to what all parameters call for, not those of this group alone
             value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")
@@ -147,18 +162,23 @@ class Groups(Optimizer):
         ``max_lr`` of torch's schedulers included.
         """
         # DeepSpeed ZeRO takes groups away from param_groups while it steps another one
-        known = [*self._all_groups, *(each for each in self.param_groups if not any(each is one for one in self._all_groups))]
+        known = list(self._all_groups)
+        known += [each for each in self.param_groups if all(each is not one for one in self._all_groups)]
         own = float(self.param_groups[0]["elra_lr"])  # a scheduler fills a tensor lr in place
+        bases = [group["elra_base"] for group in known if group["elra_base"] is not None]
+        base = bases[0] if bases else None
         for group in known:
-            lr = number(group["lr"])
-            if group["elra_full"] is None:
-                full = number(group.get("max_lr", group.get("initial_lr", lr)))
-                if isinstance(full, Tensor) or full > 0.0:
-                    group["elra_full"] = group["elra_top"] = full.clone() if isinstance(full, Tensor) else full
-        fulls = [float(f) for group in known if isinstance(f := group["elra_full"], float)]
-        base = next((b for group in known if (b := group["elra_base"]) is not None), None)
+            if group["elra_full"] is None:  # reads a tensor, but once
+                full = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+                if full > 0.0:
+                    lr = number(group["lr"])
+                    group["elra_top"] = torch.full_like(lr, full) if isinstance(lr, Tensor) else full
+                    group["elra_full"] = full if base is None else self._late(full, base)
+        fulls = [float(group["elra_full"]) for group in known if group["elra_full"] is not None]
         if base is None and fulls:
             base = own if any(math.isclose(full, own, rel_tol=1e-6) for full in fulls) else min(fulls)
+            if max(fulls) > MOST_RATIO * base * (1.0 + 1e-6):
+                base = max(fulls) / MOST_RATIO
             if base != own:  # as if it had been the optimizer's
                 for group in known:
                     group["elra_alpha"].fill_(base)
@@ -170,12 +190,12 @@ class Groups(Optimizer):
             if full is None:
                 shares.append((0.0, 0.0))
                 continue
-            ratio = full / (own if base is None else base)
+            ratio = float(full) / (base or own)
             if isinstance(top, Tensor):
                 top = group["elra_top"] = torch.maximum(top, torch.as_tensor(lr).to(top))
-                shares.append((ratio, ratio * torch.where(top > 0, lr / top, 0.0)))
+                shares.append((ratio, ratio * (lr / top)))
                 continue
-            if isinstance(lr, Tensor):  # put there later, as by a distributed checkpoint
+            if isinstance(lr, Tensor):  # put there for a step, as by distributed checkpoints
                 shares.append((ratio, ratio * (lr / top)))
                 continue
             if lr > top * (1.0 + 1e-6):
@@ -189,6 +209,18 @@ class Groups(Optimizer):
                 top = group["elra_top"] = lr
             shares.append((ratio, ratio * lr / top))
         return shares
+
+    @staticmethod
+    def _late(full: float, base: float) -> float:
+        """What counts of the full lr of a group that comes when α has been found."""
+        if full <= MOST_RATIO * base * (1.0 + 1e-6):
+            return full
+        warnings.warn(
+            f"lr={full:g} of a parameter group that came late is {full / base:.3g} times lr={base:g}, which the rate was found "
+            f"with; it counts as {MOST_RATIO:g} times. A group's lr is relative to the others': give one near theirs",
+            stacklevel=4,
+        )
+        return MOST_RATIO * base
 
     # ---- saving and loading -----------------------------------------------------------------------------------------------
 
@@ -209,6 +241,8 @@ class Groups(Optimizer):
                     group.setdefault(name, value)
             group.pop("elra_tensor", None)
             self._fill_group(group)
+            if isinstance(group["lr"], Tensor) and group["elra_top"] is not None:  # a number in the checkpoint
+                group["elra_top"] = torch.as_tensor(group["elra_top"]).to(number(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch does, with numbers for the tensors of a group, and a counter for each parameter.
@@ -222,9 +256,10 @@ class Groups(Optimizer):
             if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing
                 group["elra_tensor"] = torch.zeros((), device="cpu")
         for key, state in state_dict["state"].items():
-            state_dict["state"][key] = {
-                name: value.clone() if name in self.direction.counters else value for name, value in state.items()
-            }
+            if isinstance(state, dict):  # hooks put in what they like
+                state_dict["state"][key] = {
+                    name: value.clone() if name in self.direction.counters else value for name, value in state.items()
+                }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ CPU_SIZES = (2**16, 2**12)
 DEVICE_SIZES = (2**27, 2**20)
 
 SIZES = ("logs", "count", "fans", "entries", "size")  # see `Bucket.sizes`
+
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # no subclass, whose memory may be something else
 
 Scalar = float | Tensor  # a float on the CPU, a 0-dim tensor where reading it would wait for the device
 
@@ -34,10 +36,12 @@ class Bucket:
         idle: the tensors had no gradient in the last step, so it did not move them.
         new: this is their first step, or of slices one of their first two, of which one may have no gradient.
         padded: slices of FSDP1 or ZeRO, which may hold anything where there is no gradient.
+        kernels: which can work on them, see `kernels.choose`.
         state: the direction's tensors by name.
         params: x_t.
         grads: G_t as autograd left it.
         fans: fan-in of each, 1 for vectors.
+        tables: what kernels keep from the measurement for the update.
     """
 
     index: int
@@ -48,10 +52,25 @@ class Bucket:
     idle: bool
     new: bool
     padded: bool
+    kernels: str
     state: dict[str, list[Tensor]]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     fans: list[int] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, p: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Put a parameter in."""
+        self.params.append(p)
+        self.grads.append(grad)
+        for name, tensors in self.state.items():
+            tensors.append(state[name])
+
+    def clear(self) -> None:
+        """Let go of all tensors, for a wrapper may want their memory between the steps."""
+        for tensors in (self.params, self.grads, *self.state.values()):
+            tensors.clear()
+        self.tables.clear()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -90,7 +90,7 @@ def settling(clock: Tensor, horizon: float) -> Tensor | float:
 
 
 def first_rate(alpha: Tensor, dots: Dots) -> Tensor:
-    """``alpha``, or in the first step the rate with which that is `FIRST` of the weights long; weights of 0 leave it."""
+    """``alpha``, or in the first step the rate with which that is `FIRST` of the weights long."""
     known = (dots["steps"] == 0) & (dots["gg"] > 0) & (dots["size"] > 0)
     return torch.where(known, FIRST * (dots["size"] / dots["gg"]).sqrt(), alpha)
 

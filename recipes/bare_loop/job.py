@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -45,6 +45,15 @@ def options() -> Options:
     for name, default in vars(Options()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=" ")
     return Options(**vars(parser.parse_args()))
+
+
+def accelerator() -> Accelerator:
+    """On the CPU where there is nothing else. ``Accelerator(cpu=True)`` would switch DeepSpeed off."""
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)
+    made = Accelerator()
+    made.print(f"{made.num_processes} processes, {made.distributed_type.value}")
+    return made
 
 
 def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:

@@ -2,8 +2,6 @@
 
 from itertools import chain, islice, repeat
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from elra_hf import ElraAdamW
 from transformers import get_linear_schedule_with_warmup
@@ -14,7 +12,7 @@ from recipes.bare_loop import job
 def main() -> None:
     """Train, print loss and rate on the way, and the test loss at the end."""
     options = job.options()
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = job.accelerator()
     set_seed(options.seed)
     loader, test = job.data(options.batch_size, options.seed)
     model = job.build_model(options.layers, options.width)
@@ -34,6 +32,7 @@ def main() -> None:
             mean = accelerator.gather(loss.detach()).mean().item()
             accelerator.print(f"step {step} loss {mean:.4f} rate {job.applied_rate(optimizer):.3g}", flush=True)
     accelerator.print(f"test loss {job.test_loss(accelerator, model, test):.4f}")
+    model = accelerator.free_memory(model)  # before its process group: DistributedDataParallel may hang otherwise
     accelerator.end_training()
 
 

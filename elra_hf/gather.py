@@ -1,0 +1,176 @@
+"""The first phase of a step: which ranks hold what, and parameters with a gradient sorted into buckets."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import kernels
+from .groups import Groups, is_wide
+from .pieces import PLAIN_TENSORS, Bucket
+from .reduce import Groups as Ranks
+from .reduce import gradient, groups_of, is_bare, local
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The local part of ``tensor``, complex numbers as pairs of real ones; shares its memory."""
+    tensor = local(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+class Plan(NamedTuple):
+    """How the last step sorted its parameters. It holds none of them, and no state: others may have moved those away.
+
+    Attributes:
+        seen: what that follows from.
+        buckets: the buckets, emptied.
+        targets: the bucket of each parameter that has a gradient.
+    """
+
+    seen: list[Any]
+    buckets: list[Bucket]
+    targets: list[Bucket]
+
+
+class Gatherer(Groups):
+    """What `Elra` gathers before it measures."""
+
+    check_sync: bool
+    dealt: Tensor | None
+    _plan: Plan | None = None
+
+    @property
+    def _apart(self) -> bool:
+        """Whether each rank alone knows the rates of its parameters."""
+        return self.dealt is not None and self.scope == "tensor"
+
+    def _ranks(self, params: list[Tensor]) -> list[Ranks]:
+        """The groups of ranks that hold the rest of each parameter, or of all of them where they are dealt out."""
+        if self.dealt is None:
+            return groups_of(params, self.process_group)
+        alone = self._apart or dist.get_world_size(self.process_group) == 1
+        others: Ranks = () if alone or self.process_group is None else (self.process_group,)
+        return [others] * max(len(params), 1)  # a rank without parameters enters the sum, too
+
+    def _gather(self, ranks: list[Ranks]) -> list[Bucket]:
+        """Sort the parameters that have a gradient into buckets, as in the last step if all is as it was."""
+        seen, plan = self._look(ranks), self._plan
+        if plan is not None and seen == plan.seen:
+            having = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+            for bucket in plan.buckets:
+                bucket.clear()
+            for p, bucket in zip(having, plan.targets, strict=True):
+                bucket.add(p, gradient(p), self.state[p])
+            return plan.buckets
+        idle = [group["elra_idle"] for group in self.param_groups]
+        buckets, targets = self._sort(ranks)
+        lasting = not any(bucket.new for bucket in buckets) and idle == [group["elra_idle"] for group in self.param_groups]
+        seen = self._look(ranks)
+        self._plan = Plan(seen, buckets, targets) if lasting and seen is not None else None
+        return buckets
+
+    def _look(self, ranks: list[Ranks]) -> list[Any] | None:
+        """What the sorting follows from; None where that cannot be told by a look.
+
+        Tensors by their identity, type and the place where they lie, since wrappers put others in their place or move them.
+        """
+        if torch.compiler.is_compiling() or self.scope == "tensor":
+            return None
+        seen: list[Any] = [*ranks]
+        for group in self.param_groups:
+            seen.append((id(group), group["elra_idle"], group["elra_calls"]))
+            for p in group["params"]:
+                grad = p.grad
+                if type(p) not in PLAIN_TENSORS or p.is_complex() or (grad is not None and grad.is_sparse):
+                    return None
+                seen += (id(p), grad is None)
+                if grad is not None:
+                    for tensor in (p, *self.state.get(p, {}).values()):
+                        seen += (id(tensor), tensor.data_ptr(), tensor.dtype)
+        return seen
+
+    def _sort(self, ranks: list[Ranks]) -> tuple[list[Bucket], list[Bucket]]:
+        """Buckets, and that of each parameter that has a gradient; creates the state of new ones."""
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        targets: list[Bucket] = []
+        newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        member = -1
+        for index, group in enumerate(self.param_groups):
+            # a string, since distributed checkpoints take lists apart and expect the same length when they load
+            idle = {int(position) for position in group["elra_idle"].split()}
+            absent = []
+            for position, p in enumerate(group["params"]):
+                member += 1
+                if p.grad is None:
+                    if local(p).numel():  # FSDP1 gives no gradient to the ranks that hold nothing of a parameter
+                        absent.append(str(position))
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}): "
+                        "build the embedding with sparse=False"
+                    )
+                state = self.state[p]
+                if not state:
+                    self._give_birth(p, group, newborn, self._peers(index, member, p))
+                self._raise_state(p, group)
+                x, tensors = real(p), {name: real(state[name]) for name in self.direction.dtypes(p, group)}
+                chosen = kernels.choose(self.direction, x, tensors, group)
+                key = (
+                    (member,)
+                    if self.scope == "tensor"
+                    else (index, p.device, p.dtype, id(state["step"]), position in idle, ranks[member], chosen)
+                )
+                if key not in buckets:
+                    # a mean of logarithms bears no numbers by chance; one of squares hardly changes
+                    padded = self.process_group is not None and self.dealt is None and self.direction.relative
+                    young = any(state["step"] is fresh["step"] for fresh in newborn.values())
+                    buckets[key] = Bucket(
+                        index=index,
+                        cell=self._cell(index, member),
+                        group=group,
+                        counts={name: state[name] for name in self.direction.counters},
+                        ranks=ranks[member],
+                        idle=position in idle,
+                        new=young or (padded and group["elra_calls"] < 2),
+                        padded=padded,
+                        kernels=chosen,
+                        state={name: [] for name in tensors},
+                    )
+                bucket = buckets[key]
+                targets.append(bucket)
+                bucket.add(x, real(gradient(p)), tensors)
+                bucket.fans.append(p.numel() // p.shape[0] if p.ndim > 1 and p.numel() else 1)
+            group["elra_idle"] = " ".join(absent)
+        return list(buckets.values()), targets
+
+    def _give_birth(
+        self, p: Tensor, group: dict[str, Any], newborn: dict[tuple[Any, ...], dict[str, Tensor]], peers: tuple[Any, ...]
+    ) -> None:
+        """Create the state of a parameter; peers of one step share their counters."""
+        state = self.state[p]
+        dtype = torch.float64 if is_wide(p) else torch.float32
+        fresh = {name: torch.zeros((), dtype=dtype, device=p.device) for name in self.direction.counters}
+        state.update(newborn.setdefault(peers, fresh))
+        if self.scope == "tensor":
+            values = [float(group["elra_alpha"]), *self._cell_names.values()]  # what it knows is its own
+            state["elra"] = torch.tensor(values, dtype=group["elra_alpha"].dtype, device=group["elra_alpha"].device)
+        for name, dtype in self.direction.dtypes(p, group).items():
+            state[name] = torch.zeros_like(p, dtype=dtype)
+
+    def _require_all(self, params: list[Tensor]) -> None:
+        """Refuse to share a rate between parameters that never meet in one step."""
+        if self.scope == "global" and len(self.state) > len(params) and any(map(is_bare, params)):
+            raise RuntimeError(
+                f"step() sees {len(params)} of {len(self.state)} parameters: DeepSpeed ZeRO steps each parameter group by "
+                "itself, and ZeRO-3 pieces of sub_group_size numbers, so that they cannot share a rate. Give the optimizer one "
+                'parameter group, or scope="group" for a rate each; with ZeRO-3 also '
+                "process_group=elra_hf.adapters.deepspeed.sharding_group(model, config), which checks sub_group_size"
+            )
+
+    def _cell(self, group: int, member: int) -> int:
+        """Where the rate of a parameter stands in the vector of rates, under the scope."""
+        return {"global": 0, "group": group, "tensor": member}[self.scope]

@@ -1,0 +1,135 @@
+"""The kernels for the CPU, in C: built once for a machine by its C compiler, without which plain torch does the work."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..directions import Adam, Direction, Momentum, Move, Numbers
+from ..pieces import PLAIN_TENSORS, Bucket
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=c11", "-fPIC", "-shared")
+PIECE = 65536  # as in native.c
+PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
+OPS: dict[type, tuple[int, int]] = {Adam: (0, 1), Momentum: (2, 3)}  # (to measure, to update)
+WORTH_A_THREAD = 8  # pieces
+
+
+class Tensors(ctypes.Structure):
+    """The tensors of a bucket as native.c sees them."""
+
+    _fields_ = [("count", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("sizes", "p", "g", "way", "mean", "variance"))]
+
+
+class CNumbers(ctypes.Structure):
+    """`Numbers` as native.c sees them."""
+
+    _fields_ = [(n, ctypes.c_float) for n in ("sign", "beta1", "beta2", "eps", "fresh", "first", "rate", "decay", "share")]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built in the user's cache folder on first use; None where that cannot be done."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.debug("elra_hf: no kernels for the CPU, plain torch does the work: %s", error)
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """Compile native.c unless this machine has; a home folder may be shared by machines with other processors."""
+    info = Path("/proc/cpuinfo")
+    processor = (
+        next((x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))), "") if info.exists() else ""
+    )
+    key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.platform(), platform.processor(), processor))
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
+    built = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not built.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = Path(scratch) / "native.so"
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh), "-lm"], check=True, capture_output=True, timeout=120
+            )
+            fresh.replace(built)  # at once, for others may be at it
+    return built
+
+
+def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether the kernels can work on the parameter ``p`` with this state."""
+    tensors = (p, *state.values())
+    return (
+        type(direction) in OPS
+        and all(t.dtype == torch.float32 and t.is_contiguous() and type(t) in PLAIN_TENSORS for t in tensors)
+        and library() is not None
+    )
+
+
+def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
+    """The inner products by name, 0-dim."""
+    return dict(zip(PRODUCTS, _run(OPS[type(direction)][0], bucket, numbers, 0.0).unbind(), strict=True))
+
+
+def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -> None:
+    """Take a step that neither undoes another nor is refused."""
+    _run(OPS[type(direction)][1], bucket, numbers, 0.0 if move.decay is None else float(move.decay))
+    torch.autograd.graph.increment_version(bucket.params)
+
+
+def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
+    lib = library()
+    assert lib is not None
+    grads = [g if g.dtype == torch.float32 and g.is_contiguous() else g.float().contiguous() for g in bucket.grads]
+    sizes = [p.numel() for p in bucket.params]
+    pieces = sum(-(-n // PIECE) for n in sizes)
+    columns = [
+        bucket.params,
+        grads,
+        bucket.state["way"],
+        bucket.state.get("mean") or bucket.state.get("momentum"),
+        bucket.state.get("variance"),
+    ]
+    count = len(sizes)
+    arrays = [(ctypes.c_int64 * count)(*sizes)]
+    arrays += [(ctypes.c_int64 * count)(*([t.data_ptr() for t in column] if column else ())) for column in columns]
+    tensors = Tensors(count, *map(ctypes.addressof, arrays))
+    sign = -1.0 if bucket.group["maximize"] else 1.0
+    c = CNumbers(sign, *map(float, numbers[:6]), decay, float(numbers.share))
+    sums = torch.zeros(pieces, len(PRODUCTS), dtype=torch.float64)
+    out = ctypes.c_void_p(sums.data_ptr())
+
+    def work(begin: int, end: int) -> Any:
+        return lib.run(op, ctypes.byref(tensors), ctypes.byref(c), ctypes.c_int64(begin), ctypes.c_int64(end), out)
+
+    threads = min(torch.get_num_threads(), pieces // WORTH_A_THREAD)
+    if threads < 2:
+        work(0, pieces)
+    else:
+        edges = [pieces * i // threads for i in range(threads + 1)]
+        list(_pool(threads).map(work, edges[:-1], edges[1:]))
+    return sums.sum(0)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="elra_hf")

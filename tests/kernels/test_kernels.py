@@ -1,0 +1,148 @@
+"""Kernels do what `directions` defines, number for number: the C ones, and the Triton ones in its interpreter."""
+
+import copy
+import importlib.util
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, kernels
+from elra_hf.directions import Adam, Momentum, Move
+from elra_hf.kernels import native
+from elra_hf.pieces import Bucket
+
+SIZES = [(1,), (3, 5), (), (0,), (300, 70), (1025,), (17_000,)]
+NEEDS = ("gg", "gm", "gs", "mm", "ss")
+DIRECTIONS = {"adam": Adam(), "momentum": Momentum(), "no momentum": Momentum((0.0, 0.0))}
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler"))
+TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(
+        not importlib.util.find_spec("triton") or np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+        reason="no Triton, or a numpy that its interpreter does not know",
+    ),
+)
+
+
+def bucket(direction, kind, dtype=torch.float32, maximize=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    group = {**direction.defaults(), "maximize": maximize, "stochastic_rounding": False}
+    counts = {name: torch.zeros(()) for name in direction.counters}
+    state = {name: [] for name in direction.dtypes(torch.zeros(1, dtype=dtype), group)}
+    made = Bucket(0, 0, group, counts, (), False, False, False, kind, state)
+    for shape in SIZES:
+        p, g = torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator).to(dtype)
+        kept = {name: 0.1 * torch.randn(shape, generator=generator) for name in state}
+        dtypes = direction.dtypes(p, group)
+        kept = {name: (t.square() if name == "variance" else t).to(dtypes[name]) for name, t in kept.items()}
+        made.add(p, g, kept)
+    return made
+
+
+def plain(original):
+    made = copy.deepcopy(original)
+    return copy.copy(made).__class__(**{**made.__dict__, "kernels": "plain", "tables": {}})
+
+
+def numbers(kind, **values):
+    """As the step hands them over: floats on the CPU, tensors where reading would wait for a device."""
+    return {name: torch.tensor(value) if kind == "triton" else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("kind", [NATIVE, TRITON])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("step", [0.0, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_measure(name, dtype, step, maximize, kind):
+    direction = DIRECTIONS[name]
+    ours = bucket(direction, kind, dtype, maximize)
+    if kind == "native" and dtype == torch.bfloat16:
+        assert not native.takes(direction, ours.params[0], {k: t[0] for k, t in ours.state.items()})
+        return
+    counts = numbers(kind, step=step, weight=step * 0.01)
+    last = numbers(kind, last=0.01)["last"]
+    found = kernels.measure(direction, ours, counts, last, NEEDS)
+    truth = kernels.measure(direction, plain(ours), {k: float(v) for k, v in counts.items()}, 0.01, NEEDS)
+    # products of many numbers of either sign: their error is that of the squares
+    scale = {"gm": "gg mm", "gs": "gg ss"}
+    by_name = dict(zip(NEEDS, truth.tolist(), strict=True))
+    for need, value in zip(NEEDS, found.tolist(), strict=True):
+        size = abs(by_name[need])
+        if need in scale:
+            a, b = scale[need].split()
+            size = (by_name[a] * by_name[b]) ** 0.5
+        assert value == pytest.approx(by_name[need], abs=2e-5 * size + 1e-12), need
+
+
+@pytest.mark.parametrize("kind", [NATIVE, TRITON])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("step", [0.0, 7.0])
+@pytest.mark.parametrize("move", ["taken", "decayed", "undone", "refused"])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_update(name, move, step, maximize, kind):
+    direction = DIRECTIONS[name]
+    ours = bucket(direction, kind, maximize=maximize)
+    theirs = plain(ours)
+    taken, back = float(move in ("taken", "decayed")), float(move == "undone")
+    values = {"rate": 0.01 * taken, "decay": 0.003 * taken, "taken": taken, "back": back, "kept": taken, "last": 0.02}
+    counts = {"step": step, "weight": step * 0.01}
+    if not taken:
+        for g in (*ours.grads, *theirs.grads):
+            g.fill_(torch.nan)
+    mine = numbers(kind, **values)
+    if move != "decayed":
+        values["decay"] = mine["decay"] = None
+    kernels.update(direction, ours, numbers(kind, **counts), Move(**mine))
+    kernels.update(direction, theirs, counts, Move(**values))
+    columns = {"x": (ours.params, theirs.params), **{n: (ours.state[n], theirs.state[n]) for n in ours.state}}
+    for column, (found, truth) in columns.items():
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, c=column: f"{c}: {m}")
+
+
+@pytest.mark.parametrize("kind", [NATIVE, TRITON])
+@pytest.mark.parametrize("make", [ElraAdamW, ElraC2Min, ElraP2Min, lambda p: ElraP2Min(p, betas=(0.0, 0.0))])
+def test_a_run_is_the_same_with_kernels(make, kind, monkeypatch):
+    def run(chosen):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1))
+        optimizer = make(net.parameters())
+        monkeypatch.setattr(kernels, "choose", lambda *_: chosen)
+        x = torch.randn(64, 20)
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(x).sub(x[:, :1]).square().mean().backward()
+            optimizer.step()
+        return [float(optimizer.param_groups[0]["alpha"]), *(float(p.detach().norm()) for p in net.parameters())]
+
+    assert run(kind) == pytest.approx(run("plain"), rel=1e-3)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    made = bucket(Adam(), "native")
+    made.add(*(torch.randn(2_000_000) for _ in range(2)), {n: torch.rand(2_000_000) for n in made.state})
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(kernels.measure(Adam(), made, {"step": 3.0, "weight": 0.1}, 0.01, NEEDS))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", [NATIVE, TRITON])
+def test_autograd_notices_the_step(kind, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_: kind)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ElraAdamW([p])
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
