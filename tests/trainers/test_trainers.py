@@ -12,7 +12,7 @@ from tests.recipes.conftest import ROOT, sentences
 
 needs = {
     name: pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"{name} is not installed: make test-trainers")
-    for name in ("catalogue", "litgpt", "sentence_transformers", "setfit", "timm", "torchvision", "trl")
+    for name in ("catalogue", "litgpt", "sentence_transformers", "setfit", "trl")
 }
 
 
@@ -142,22 +142,6 @@ trainer = Trainer(SetFitModel.from_pretrained({model!r}, device="cpu"), args, tr
 trainer.train()
 print(type(unwrap(trainer.st_trainer.optimizer)).__name__)
 """
-
-
-@needs["timm"]
-@needs["torchvision"]
-def test_timm_s_registry():
-    import timm.optim
-    import torch
-    from timm.optim._optim_factory import OptimInfo, default_registry
-
-    from elra_hf import ElraAdamW
-
-    default_registry.register(OptimInfo("elra_adamw", ElraAdamW, "AdamW that finds its rate", has_eps=True, has_betas=True))
-    model = torch.nn.Linear(3, 2)
-    optimizer = timm.optim.create_optimizer_v2(model, "elra_adamw", weight_decay=0.1)
-    assert type(optimizer) is ElraAdamW
-    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
 
 
 @needs["catalogue"]
