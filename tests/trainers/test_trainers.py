@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from tests.recipes.conftest import ROOT, sentences
 
 needs = {
     name: pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"{name} is not installed: make test-trainers")
-    for name in ("catalogue", "litgpt", "sentence_transformers", "setfit", "timm", "torchvision", "trl")
+    for name in ("catalogue", "litgpt", "sentence_transformers", "setfit", "trl")
 }
 
 
@@ -51,8 +52,8 @@ def gpt(words, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("gpt")
     set_seed(0)
-    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **shape)).save_pretrained(folder / "model")
+    shape = {"vocab_size": len(words), "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=2, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
     texts = [text for text, _ in sentences(60)]
     (folder / "sft").mkdir()
@@ -83,8 +84,10 @@ def sentence_model(words, tmp_path_factory):
 @pytest.mark.parametrize("lora", [(), ("--use_peft", "--lora_target_modules", "c_attn", "c_proj")], ids=["all weights", "lora"])
 def test_trl(job, lora, gpt, tmp_path):
     options = ["--model_name_or_path", gpt / "model", "--dataset_name", gpt / job, "--output_dir", tmp_path / "out", *lora]
-    options += "--optim elra_adamw --max_steps 12 --logging_steps 1 --save_strategy no --use_cpu --report_to none".split()
-    options += "--per_device_train_batch_size 8 --max_length 16 --bf16 False --gradient_checkpointing False".split()
+    options += shlex.split(
+        "--optim elra_adamw --max_steps 12 --logging_steps 1 --save_strategy no --use_cpu --report_to none "
+        "--per_device_train_batch_size 8 --max_length 16 --bf16 False --gradient_checkpointing False"
+    )
     spy = tmp_path / "spy.py"
     spy.write_text(SPY.format(module=f"trl.scripts.{job}"))
     python("-m", "elra_hf.run", spy, *options, folder=tmp_path)
@@ -142,22 +145,6 @@ trainer = Trainer(SetFitModel.from_pretrained({model!r}, device="cpu"), args, tr
 trainer.train()
 print(type(unwrap(trainer.st_trainer.optimizer)).__name__)
 """
-
-
-@needs["timm"]
-@needs["torchvision"]
-def test_timm_s_registry():
-    import timm.optim
-    import torch
-    from timm.optim._optim_factory import OptimInfo, default_registry
-
-    from elra_hf import ElraAdamW
-
-    default_registry.register(OptimInfo("elra_adamw", ElraAdamW, "AdamW that finds its rate", has_eps=True, has_betas=True))
-    model = torch.nn.Linear(3, 2)
-    optimizer = timm.optim.create_optimizer_v2(model, "elra_adamw", weight_decay=0.1)
-    assert type(optimizer) is ElraAdamW
-    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
 
 
 @needs["catalogue"]
