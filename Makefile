@@ -44,7 +44,6 @@ test-transformers4: .venv-tf4/.installed
 test-deepspeed: .venv-ds/.installed
 	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
 
-# other people's trainers, unmodified
 # other people's trainers, in an environment of their own: trl, sentence-transformers, setfit, and the doors of litgpt and llm-foundry
 test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest tests/trainers $(ARGS)
