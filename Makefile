@@ -45,7 +45,6 @@ test-deepspeed: .venv-ds/.installed
 	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
 
 # other people's trainers, unmodified
-# other people's trainers, in an environment of their own: trl, sentence-transformers, setfit, and the doors of litgpt and llm-foundry
 test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest tests/trainers $(ARGS)
 
@@ -76,14 +75,6 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	grep -vE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt > .venv-tf4/constraints.txt
 	.venv-tf4/bin/python -m pip install --quiet --constraint .venv-tf4/constraints.txt --editable ".[transformers]" \
 		transformers==4.57.6 hypothesis peft pytest pytest-rerunfailures pytest-timeout pytest-xdist tensorboard
-	touch $@
-
-.venv-trainers/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-trainers
-	.venv-trainers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[recipes]" pytest pytest-rerunfailures pytest-timeout
-	# --no-deps because what the tests use of them needs nothing that is not there
-	.venv-trainers/bin/python -m pip install --quiet --no-deps \
-		trl==1.16.0 sentence-transformers==6.2.0 setfit==1.2.0 evaluate==0.4.6 litgpt==0.5.13 catalogue==2.0.10
 	touch $@
 
 .venv-ds/.installed: pyproject.toml constraints.txt
