@@ -77,14 +77,6 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 		transformers==4.57.6 hypothesis peft pytest pytest-rerunfailures pytest-timeout pytest-xdist tensorboard
 	touch $@
 
-.venv-trainers/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-trainers
-	.venv-trainers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[recipes]" pytest pytest-rerunfailures pytest-timeout
-	# --no-deps because what the tests use of them needs nothing that is not there
-	.venv-trainers/bin/python -m pip install --quiet --no-deps \
-		trl==1.16.0 sentence-transformers==6.2.0 setfit==1.2.0 evaluate==0.4.6 litgpt==0.5.13 catalogue==2.0.10
-	touch $@
-
 .venv-ds/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ds
 	.venv-ds/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]" pytest pytest-rerunfailures pytest-timeout

@@ -80,7 +80,7 @@ print(elra_hf.__file__)
     ("command", "said"), [(["-m", "elra_hf.run", "--help"], "usage: python -m elra_hf.run"), (["-c", USED], "site-packages")]
 )
 def test_it_works_where_nothing_else_is_installed(command, said, clean, tmp_path):
-    done = subprocess.run([clean, *command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([clean, "-I", *command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
     if said == "site-packages":
@@ -89,7 +89,7 @@ def test_it_works_where_nothing_else_is_installed(command, said, clean, tmp_path
 
 def test_recipes_and_tests_stay_outside(clean, tmp_path):
     code = "import importlib.util as u; print([name for name in ('recipes', 'tests', 'docs') if u.find_spec(name)])"
-    done = subprocess.run([clean, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([clean, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.stdout == "[]\n", done.stderr
 
 
