@@ -110,7 +110,7 @@ class Groups(Optimizer):
         """Give ``group`` the state that it lacks, and tensors in place of the numbers of a checkpoint."""
         first = self.param_groups[0]
         # a group may be empty for a while, as on ranks that hold nothing of it, and must not round the others' numbers then
-        wide = not group["params"] or any(map(is_wide, group["params"]))
+        wide = not group["params"] or any(is_wide(p) for each in self.param_groups for p in each["params"])
         dtype = torch.float64 if wide else torch.float32
         ours = " ".join(name for name in PUBLIC if name not in group)
         lr = first.get("elra_lr", float(self.defaults["lr"]))

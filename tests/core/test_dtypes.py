@@ -198,3 +198,20 @@ def test_counters_count_beyond_256_in_bfloat16(cls):
     assert group["restarts"].item() == 0
     assert group["elra_steps"].item() == 600
     assert optimizer.state[x]["step"].item() == 600
+
+
+@every
+@pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=str)
+def test_groups_of_two_dtypes_resume_digit_for_digit(cls, first):
+    """The rate is one for all, in the precision of the widest; loading must not round it to that of one group."""
+    second = torch.float64 if first == torch.float32 else torch.float32
+    params = [torch.linspace(-1, 1, 6).to(dtype).requires_grad_() for dtype in (first, second)]
+    optimizer = cls([{"params": [p]} for p in params])
+    for _ in range(9):
+        optimizer.zero_grad()
+        sum((p.double() - 2.0).square().sum() for p in params).backward()
+        optimizer.step()
+    loaded = cls([{"params": [p]} for p in params])
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for old, new in zip(optimizer.state_dict()["param_groups"], loaded.state_dict()["param_groups"], strict=True):
+        assert old == new

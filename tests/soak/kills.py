@@ -54,7 +54,7 @@ def job(folder: Path, optim: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     last = [path for path in found if whole(path) and all((path / name).exists() for name in names)][-1:]
-    options = {"ddp_backend": "gloo"} if ranks > 1 else {}
+    options = {"ddp_backend": "gloo", "ddp_timeout": 15} if ranks > 1 else {}
     run(
         folder,
         optim,
