@@ -63,11 +63,11 @@ def train(
     return log
 
 
-def one_broken_row(problem: Problem) -> Iterator[Batch]:
-    """One batch in 55 has a NaN, as where one row of 3,500 is broken."""
+def broken_rows(problem: Problem) -> Iterator[Batch]:
+    """Four batches in a row of 55 have a NaN, as where rows that lie side by side are broken."""
     for step, (x, y) in enumerate(problem.batches):
         x = x.clone()
-        if step % 55 == 54:
+        if step % 55 > 50:
             x[0, 0] = torch.nan
         yield x, y
 
@@ -123,7 +123,7 @@ def symptoms() -> None:
     long = train("digits-cnn")
     compare("rising", ("25 steps", train("digits-cnn", steps=25, schedule="constant")), ("600 steps", long), first=120)
     compare("jumps", ("constant schedule", train("digits-cnn", schedule="constant")), ("linear schedule", long))
-    compare("falling", ("one broken row", train("mnist-mlp", spoil=one_broken_row)), ("as it should be", well), "restarts")
+    compare("falling", ("broken rows", train("mnist-mlp", spoil=broken_rows)), ("as it should be", well), "restarts")
     compare("nan", ("broken from step 400", train("mnist-mlp", spoil=broken_from_400)), ("as it should be", well), "restarts")
 
 

@@ -110,6 +110,7 @@ class Cells(Gatherer):
             own |= {
                 "cos": torch.where(taken, seen, group["elra_cos"]),
                 "restarts": group["elra_restarts"] + bad,
+                "skipped": (~torch.isfinite(verdict.square)).to(verdict.square),
                 "clamps": group["elra_clamps"] + verdict.clamped,
                 "longest": torch.where(taken, longest, group["elra_longest"]),
                 "peak": torch.where(taken, peak, group["elra_peak"]),

@@ -22,6 +22,7 @@ SCALARS = {
     "cos": 0.0,
     "restarts": 0.0,
     "clamps": 0.0,
+    "skipped": 0.0,
     "longest": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,

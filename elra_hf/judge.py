@@ -65,7 +65,9 @@ class Judge(Cells):
                 group["elra_loss"], group["elra_spread"], group["elra_losses"] = seen
         bad = ~finite | back
         taken = some & ~bad
-        adapted = torch.where(bad, alpha * shrink, decision.alpha)
+        # a gradient that is not finite takes from the rate while it lasts: one broken row an epoch must not bring it to nothing
+        healed = torch.where(present["elra_skipped"] > 0, decision.alpha / self.restart_factor, decision.alpha)
+        adapted = torch.where(bad, alpha * shrink, healed)
         adapted = torch.where(some & (live | young) & torch.isfinite(adapted), adapted, alpha)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alpha)
         after = {**decision.memory, "steps": memory["steps"] + 1.0}

@@ -115,7 +115,7 @@ def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
     tensors = Tensors(count, *map(ctypes.addressof, arrays))
     sign = -1.0 if bucket.group["maximize"] else 1.0
     c = CNumbers(sign, *map(float, numbers[:6]), decay, float(numbers.share))
-    sums = torch.zeros(pieces, len(PRODUCTS), dtype=torch.float64)
+    sums = torch.zeros(pieces, len(PRODUCTS), dtype=torch.float64, device="cpu")  # whatever the default device is
     out = ctypes.c_void_p(sums.data_ptr())
 
     def work(begin: int, end: int) -> Any:

@@ -135,7 +135,7 @@ def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict
 def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
     """The inner products by name, 0-dim."""
     table, chunks, options = _tables(direction, bucket)
-    sums = torch.empty(len(chunks), len(PRODUCTS), device=chunks.device)
+    sums = torch.empty(len(chunks), len(PRODUCTS), dtype=torch.float32, device=chunks.device)
     scalars = _scalars(chunks.device, numbers.fresh)
     _measure[(len(chunks),)](table, chunks, table.shape[1], scalars, sums, options.pop("sign"), numbers.eps, **options)
     return dict(zip(PRODUCTS, sums.sum(0).unbind(), strict=True))
@@ -153,7 +153,9 @@ def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -
 
 def _scalars(device: torch.device, *values: Scalar) -> Tensor:
     """Numbers of the host and of the device, side by side on the device."""
-    return torch.stack([v.float() if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
+    return torch.stack(
+        [v.float() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=device) for v in values]
+    )
 
 
 def _tables(direction: Direction, bucket: Bucket) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -188,11 +190,11 @@ def _tables(direction: Direction, bucket: Bucket) -> tuple[Tensor, Tensor, dict[
 @functools.lru_cache(maxsize=16)
 def _uploaded(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """The table on the device; kept, since most steps find the same addresses."""
-    table = torch.tensor(addresses, dtype=torch.int64)
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @functools.lru_cache(maxsize=16)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     rows = [(k, i, min(CHUNK, n - i)) for k, n in enumerate(sizes) for i in range(0, n, CHUNK)]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3).to(device)

@@ -338,6 +338,27 @@ def test_a_bad_gradient_never_reaches_x(cls, poison):
     assert losses[-1] < losses[0]
 
 
+@every
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_bad_gradient_takes_from_the_rate_only_while_it_lasts(cls, scope):
+    """One broken row an epoch must not bring the rate to nothing: it ends within a step's change of that of a run without."""
+    rates = []
+    for broken in ((), (10,), (10, 11)):
+        model = net()
+        optimizer = cls(model.parameters(), lr=1e-3, scope=scope)
+        for t in range(13):
+            optimizer.zero_grad()
+            loss_of(model, 9 if t in (10, 11) else t).backward()
+            if t in broken:
+                model[0].weight.grad[0, 0] = math.nan
+            if broken or t not in (10, 11):
+                optimizer.step()
+        rates.append(optimizer.param_groups[0]["alpha"].item())
+    sound, once, twice = rates
+    assert once > 0.6 * sound
+    assert twice < 0.6 * sound  # what lasts is more than a broken row
+
+
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
 @pytest.mark.parametrize("horizon", [20.0, math.inf])
 def test_an_explosion_takes_x_back(cls, horizon):
