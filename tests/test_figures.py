@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from recipes.benchmarks import report
+from recipes.benchmarks import report, untuned
 from recipes.sweep import read, spread
 
 ROOT = Path(__file__).parents[1]
@@ -60,11 +60,17 @@ def regret(name: str) -> dict[str, list[str]]:
     return {cells[0]: cells for cells in rows}
 
 
-@pytest.mark.parametrize(("page", "lines"), [(README, 5), (EVIDENCE, 11)], ids=["README", "evidence"])
-def test_regret(page, lines):
+@pytest.mark.parametrize("page", [README, EVIDENCE], ids=["README", "evidence"])
+def test_nothing_set_against_a_sweep(page):
+    lines = page.splitlines()
+    for row in untuned.table():
+        assert f"| {' | '.join(row)} |" in lines
+
+
+def test_regret():
     measured = regret("quick")
-    shown = [cells for cells in table_rows(page, "[a-z].+") if len(cells) == 3 and cells[0] in measured]
-    assert len(shown) == lines
+    shown = [cells for cells in table_rows(EVIDENCE, "[a-z].+") if len(cells) == 3 and cells[0] in measured]
+    assert len(shown) == 11
     for cells in shown:
         assert cells == measured[cells[0]][:3]
 
