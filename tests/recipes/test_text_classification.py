@@ -139,7 +139,7 @@ WRONG = {
     "compared optimizer": (["--compare", "adamw_trch"], "did you mean adamw_torch?"),
     "schedule": (["--lr_scheduler_type", "lineer"], "did you mean linear?"),
     "no logs": (["--logging_strategy", "no"], "there would be no rate to draw"),
-    "optimizer's option": (["--optim_args", "gian=0.4"], "gain"),
+    "optimizer's option": (["--optim", "elra_c2min", "--optim_args", "gian=0.4"], "gain"),
     "optimizer's value": (["--optim_args", "gain=7"], "gain"),
 }
 
