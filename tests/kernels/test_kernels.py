@@ -52,8 +52,7 @@ def numbers(kind, **values):
 
 
 @pytest.mark.parametrize("kind", [NATIVE, TRITON])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("step", [0.0, 7.0])
+@pytest.mark.parametrize(("step", "maximize"), [(0.0, False), (7.0, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_measure(name, dtype, step, maximize, kind):
@@ -78,8 +77,7 @@ def test_measure(name, dtype, step, maximize, kind):
 
 
 @pytest.mark.parametrize("kind", [NATIVE, TRITON])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("step", [0.0, 7.0])
+@pytest.mark.parametrize(("step", "maximize"), [(0.0, False), (7.0, True)])
 @pytest.mark.parametrize("move", ["taken", "decayed", "undone", "refused"])
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_update(name, move, step, maximize, kind):
