@@ -180,7 +180,12 @@ CALLS = {
         "gian",
         "valid keys are",
     ),
-    "recipe: eps": (recipe("text_classification.train", "--optim", "elra_c2min", "--optim_args", "gain=9"), "--optim_args", "gain=9", "(0, 1)"),
+    "recipe: gain": (
+        recipe("text_classification.train", "--optim", "elra_c2min", "--optim_args", "gain=9"),
+        "--optim_args",
+        "gain=9",
+        "(0, 1)",
+    ),
     "recipe: file": (recipe("text_classification.train", "no.yaml"), "no.yaml", "no such file", "error:"),
     "recipe: checkpoint": (
         recipe("text_classification.train", "--resume_from_checkpoint", "nowhere"),
