@@ -75,7 +75,7 @@ class Gatherer(Groups):
     def _look(self, ranks: list[Ranks]) -> list[Any] | None:
         """What the sorting follows from; None where that cannot be told by a look.
 
-        Tensors by their identity, type and the place where they lie, since wrappers put others in their place or move them.
+        Tensors by their identity, type, layout and place, since wrappers put others there or move them.
         """
         if torch.compiler.is_compiling() or self.scope == "tensor":
             return None
@@ -86,7 +86,7 @@ class Gatherer(Groups):
                 grad = p.grad
                 if type(p) not in PLAIN_TENSORS or p.is_complex() or (grad is not None and grad.is_sparse):
                     return None
-                seen += (id(p), grad is None)
+                seen += (id(p), p.shape, p.stride(), grad is None)
                 if grad is not None:
                     for tensor in (p, *self.state.get(p, {}).values()):
                         seen += (id(tensor), tensor.data_ptr(), tensor.dtype)

@@ -23,13 +23,14 @@ def momentum(betas: tuple[float, float], horizon: float) -> Direction:
 
 
 class ElraC2Min(Elra):
-    """ELRA c2min: momentum, and a rate that changes by at most ±50 % a step with the cosine of successive gradients.
+    """ELRA c2min: momentum, and a rate that changes by at most ±50 % a step with a cosine; see `C2Min`.
 
     Source: arXiv 2309.06274, c2min. Memory: 8 bytes a float32 parameter.
 
     Args:
         params: parameters or parameter groups.
-        lr: the first rate α_0 > 0. The rate leaves it within a few dozen steps; there is no need to tune it.
+        lr: α_0 > 0, the value that schedules and groups refer to. The first rate follows from the weights: any value trains
+            alike. With ``horizon=math.inf`` it is the first rate.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         gain: largest relative change of the rate in one step, in (0, 1); a pair sets (down, up) apart.
         horizon: steps after which half of the gain is gone, > 0. math.inf: the paper's rule, with the cosine of successive
@@ -81,13 +82,14 @@ class ElraC2Min(Elra):
 
 
 class ElraP2Min(Elra):
-    """ELRA p2min: momentum, and a rate from the parabola through both slopes along the last step.
+    """ELRA p2min: momentum, and a rate that follows the same cosine as a parabola; see `P2Min`.
 
     Source: arXiv 2309.06274, p2min. Memory: 8 bytes a float32 parameter, 4 with ``betas=(0, 0)``.
 
     Args:
         params: parameters or parameter groups.
-        lr: the first rate α_0 > 0. The rate leaves it within a few steps; there is no need to tune it.
+        lr: α_0 > 0, the value that schedules and groups refer to. The first rate follows from the weights: any value trains
+            alike. With ``horizon=math.inf`` it is the first rate.
         betas: (β1, β2) of the quasi-hyperbolic momentum, each in [0, 1).
         growth_limit: largest factor on the rate in one step, > 1.
         horizon: steps after which half of the gain is gone, > 0. math.inf: the paper's rule; such a rate dies where gradients
