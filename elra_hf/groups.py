@@ -29,7 +29,10 @@ SCALARS = {
     "loss": 0.0,
     "spread": 0.0,
     "losses": 0.0,
+    "effective_lr": 0.0,
 }
+# Of these, what says how far a group has moved itself, and not what all share.
+OWN = ("multiplier", "peak", "effective_lr")
 # What users and other people's displays read, under plain names, where a group has no key of its own of that name.
 PUBLIC = ("alpha", "cos", "restarts", "clamps", "scale", "effective_lr")
 # What is no tensor, beside the lr of the optimizer, what tells its checkpoints and which names of PUBLIC are ours: the lr that
@@ -121,7 +124,7 @@ class Groups(Optimizer):
             key = f"elra_{name}"
             value = group.get(key)
             shared = name not in self._cell_names or self.scope == "global"
-            if value is None and shared and name != "multiplier":  # the last move of a late group has no length
+            if value is None and shared and name not in ("multiplier", "effective_lr"):  # a late group has not moved
                 value = first.get(key)
             # whatever the default device is; the step brings it to what all parameters call for, not those of this group alone
             value = torch.tensor(start if value is None else float(value), dtype=dtype, device="cpu")
@@ -131,14 +134,7 @@ class Groups(Optimizer):
 
     def _show(self, group: dict[str, Any]) -> None:
         """Publish what users read, unless the group brought a key of that name."""
-        for name in group["elra_shown"].split():
-            group[name] = self._effective(group) if name == "effective_lr" else group[f"elra_{name}"]
-
-    @staticmethod
-    def _effective(group: dict[str, Any]) -> Tensor:
-        """η of the last step."""
-        result: Tensor = group["elra_alpha"] * group["elra_multiplier"]
-        return result
+        group |= {name: group[f"elra_{name}"] for name in group["elra_shown"].split()}
 
     # ---- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -298,7 +294,7 @@ class Groups(Optimizer):
             return groups
         names = {"kind", "base", "calls"}
         if self.scope == "global":  # all have one rate, and the step reads it from the first
-            names |= {"alpha", *self._scalars} - {"multiplier", "peak"}
+            names |= {"alpha", *self._scalars} - {*OWN}
         common = {key: full[key] for name in names if (key := f"elra_{name}") in full}
         return [
             group if group["params"] else {**own, **group, **common}

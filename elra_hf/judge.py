@@ -9,7 +9,7 @@ from torch import Tensor
 from .cells import Cells, Verdict
 from .pieces import SIZES
 from .rules import Decision
-from .witness import exploded_loss, exploded_norm
+from .witness import WITNESS, exploded_loss, exploded_norm
 
 
 class Judge(Cells):
@@ -24,10 +24,15 @@ class Judge(Cells):
         return (*sorted(self.rule.needs - {"gg"}), "gg")
 
     def _decide(
-        self, total: Tensor, before: dict[str, Tensor], shares: list[tuple[Tensor, Tensor]], loss: float | Tensor | None
+        self,
+        total: Tensor,
+        groups: dict[str, Tensor],
+        before: dict[str, Tensor],
+        shares: Tensor,
+        loss: float | Tensor | None,
     ) -> Verdict:
         """Let the rule adapt the rates; restart, or bound them."""
-        needs, alpha, groups = self._needs, before["alpha"], self.param_groups
+        needs, alpha = self._needs, before["alpha"]
         live = total[:, len(needs) + 2] != 0
         squares = total[:, len(needs) : len(needs) + 2].sum(0)
         if self._apart:
@@ -40,52 +45,50 @@ class Judge(Cells):
         logs, count, fans, entries, size = (memory[name] for name in SIZES)
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where(entries > 0, typical, memory["scale"])
-        weights, reached = self._weights(shares)
         dots = dict(zip(needs, total.unbind(1), strict=False))
         # weights that start at 0 count as what is drawn for others of their shape
         dots |= {"scale": memory["scale"], "size": torch.where(size > 0, size, entries * typical.square())}
+        weight, reached = self._weights(groups, shares)
         old = ~young  # before, nothing has moved that could say anything
-        dots |= {"steps": memory["steps"], "weight": old * self._of_cells(weights), "reached": old * self._of_cells(reached)}
+        dots |= {"steps": memory["steps"], "weight": old * weight, "reached": old * reached}
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
-        there = [group for group in groups if not self._absent(group)] or groups
-        present = there[0]
-        longest = present["elra_longest"]
-        moving = torch.stack([group["elra_multiplier"] for group in there]).amax() > 0
+        there = [i for i, group in enumerate(self.param_groups) if not self._absent(group)] or [*range(len(shares))]
+        # what all groups share, of one whose turn it is
+        longest, skipped, *seen = (groups[name][there[0]] for name in ("longest", "skipped", *WITNESS))
+        moved = groups["multiplier"] if len(there) == len(shares) else groups["multiplier"][there]
+        moving = moved.amax() > 0
         exploded = exploded_norm(known, longest) & moving & self.direction.explodes
         # so that a step along the new gradient is no longer than one along the longest was
         shrink = torch.where(exploded, (longest / known).sqrt().clamp(max=self.restart_factor), self.restart_factor)
         back = exploded
         if loss is not None:
             value = torch.zeros_like(square) + (loss.detach().reshape(()).to(square) if isinstance(loss, Tensor) else loss)
-            refused, *seen = exploded_loss(value, present["elra_loss"], present["elra_spread"], present["elra_losses"])
+            refused, *seen = exploded_loss(value, *seen)
             back = back | (refused & moving)
-            for group in groups:
-                group["elra_loss"], group["elra_spread"], group["elra_losses"] = seen
         bad = ~finite | back
         taken = some & ~bad
         # a gradient that is not finite takes from the rate while it lasts: one broken row an epoch must not bring it to nothing
-        healed = torch.where(present["elra_skipped"] > 0, decision.alpha / self.restart_factor, decision.alpha)
+        healed = torch.where(skipped > 0, decision.alpha / self.restart_factor, decision.alpha)
         adapted = torch.where(bad, alpha * shrink, healed)
         adapted = torch.where(some & (live | young) & torch.isfinite(adapted), adapted, alpha)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alpha)
         after = {**decision.memory, "steps": memory["steps"] + 1.0}
         memory |= {name: torch.where(taken & live, value, memory[name]) for name, value in after.items()}
-        return Verdict(bounded, alpha, decision.cos, memory, taken, bad, back, (bounded != adapted).any(), square)
+        clamped, witness = (bounded != adapted).any(), dict(zip(WITNESS, seen, strict=True))
+        return Verdict(bounded, alpha, decision.cos, memory, witness, taken, bad, back, clamped, square)
 
-    def _weights(self, shares: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
-        """How much the last step of each group says about the schedule's full rate, and the highest share so far.
+    def _weights(self, groups: dict[str, Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
+        """How much the last step of each cell says about the schedule's full rate, and the highest share so far.
 
         Both are in [0, 1], and 0 before there was a step. The first is the share that was reached in a warm-up, for α must not
         undo it, and less in a decay: nothing below half of the highest share so far, since smaller steps make cosines rise, and
         answering would undo the decay. Under scope "global" those of the group that has most.
         """
-        found = []
-        for group, (full, _) in zip(self.param_groups, shares, strict=True):
-            multiplier, peak = group["elra_multiplier"], group["elra_peak"]
-            weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
-            found.append(torch.stack([weight, (peak / full).clamp(max=1.0)]).nan_to_num(0.0))
+        full, multiplier, peak = shares[:, 0], groups["multiplier"], groups["peak"]
+        weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
+        found = weight.nan_to_num(0.0), (peak / full).clamp(max=1.0).nan_to_num(0.0)
         if self.scope == "global":
-            found = [torch.stack(found).amax(0)] * len(found)
-        return [row[0] for row in found], [row[1] for row in found]
+            return found[0].amax(0, keepdim=True), found[1].amax(0, keepdim=True)
+        return self._of_cells(found[0]), self._of_cells(found[1])

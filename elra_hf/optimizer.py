@@ -148,19 +148,19 @@ class Elra(Judge):
         buckets = self._gather(ranks)
         self._require_all(params)
         if buckets or any(ranks) or self.check_sync or self.dealt is not None:
-            shares = self._enter(params, buckets)
-            before = self._recall(params)
-            parts = self._measure(buckets, ranks, shares, before)
+            groups, shares = self._enter(params, buckets)
+            before = self._recall(params, groups)
+            parts = self._measure(buckets, ranks, shares, groups, before["alpha"])
             total = all_sum(parts)
-            verdict = self._decide(total, before, shares, loss)
+            verdict = self._decide(total, groups, before, shares, loss)
             if self.check_sync and not self._apart:
                 # also of what is whole on every rank, since the sum takes that from one rank only
                 seen = torch.stack([total, parts.get((), total)])
                 n = len(self._needs)
                 # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
                 require_same(seen[..., n + 3 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
-            self._update(buckets, verdict, shares)
-            self._publish(params, verdict, shares)
+            self._update(buckets, verdict, shares, groups)
+            self._publish(params, verdict, self._written(verdict, groups, shares))
         for bucket in buckets:
             bucket.clear()
         return result
@@ -168,7 +168,7 @@ class Elra(Judge):
     # ---- measure ----------------------------------------------------------------------------------------------------------
 
     def _measure(
-        self, buckets: list[Bucket], ranks: list[Ranks], shares: list[tuple[Tensor, Tensor]], before: dict[str, Tensor]
+        self, buckets: list[Bucket], ranks: list[Ranks], shares: Tensor, groups: dict[str, Tensor], alpha: Tensor
     ) -> dict[Ranks, Tensor]:
         """This rank's inner products of each cell, by the groups of ranks that hold the rest of them, shape (cells, columns).
 
@@ -176,48 +176,45 @@ class Elra(Judge):
         all, of what the last step moved where others have rates of their own, and of what may move at all; the sizes of
         newborn tensors (see `SIZES`); and with ``check_sync`` ‖x_t‖².
         """
-        needs, alpha = self._needs, before["alpha"]
+        needs = self._needs
         columns = len(needs) + 3 + len(SIZES) + self.check_sync
         # every rank enters every collective, also with nothing to add
         parts = {of: alpha.new_zeros(len(alpha), columns) for of in dict.fromkeys(ranks)}
         for bucket in buckets:
-            *values, last = read(bucket, *bucket.counts.values(), self._last(bucket, alpha))
-            counts = dict(zip(bucket.counts, values, strict=True))
-            rows = kernels.measure(self.direction, bucket, counts, last, needs).to(alpha)
-            full, known = shares[bucket.index][0], self.scope == "global" or not (bucket.new or bucket.idle)
-            row = [
-                rows * self._metric(bucket, full),
-                rows[-1:].expand(3) * torch.stack([torch.ones_like(full), torch.full_like(full, known), (full > 0).to(full)]),
-                bucket.sizes().to(alpha) * (full > 0),
-            ]
+            names, last = tuple(bucket.counts), self._last(bucket, alpha, groups)
+            *values, last = read(bucket, *bucket.counts.values(), last)
+            rows = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), last, needs).to(alpha)
+            full = shares[bucket.index, 0]
+            known, live = self.scope == "global" or not (bucket.new or bucket.idle), full > 0
+            row = [rows * self._metric(bucket, full, groups), rows[-1:], rows[-1:] * known, rows[-1:] * live]
+            row.append(bucket.sizes().to(alpha) * live)
             if self.check_sync:
-                row.append(
-                    torch.stack([dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]).sum()[None].to(alpha)
-                )
+                squares = [dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]
+                row.append(torch.stack(squares).sum()[None].to(alpha))
             parts[bucket.ranks][bucket.cell] += torch.cat(row)
         return parts
 
-    def _last(self, bucket: Bucket, alpha: Tensor) -> Tensor:
+    def _last(self, bucket: Bucket, alpha: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """η of the last step, 0 where that did not move these tensors."""
-        return alpha[bucket.cell] * (0.0 if bucket.idle else bucket.group["elra_multiplier"])
+        return alpha[bucket.cell] * (0.0 if bucket.idle else groups["multiplier"][bucket.index])
 
-    def _metric(self, bucket: Bucket, full: Tensor) -> Tensor:
+    def _metric(self, bucket: Bucket, full: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """What the products of a group weigh: gradients by how far the group moves, ways by its inverse."""
         if "pp" in self.rule.needs:  # products along the last step, by how far that went
-            return full.new_ones(len(self._needs)) * (0.0 if bucket.idle else bucket.group["elra_multiplier"])
+            return torch.zeros_like(full) if bucket.idle else groups["multiplier"][bucket.index]
         inverse = torch.where(full > 0, 1.0 / full, 0.0)
         by_name = {"gg": full, "gm": full, "mm": full, "gs": torch.ones_like(full), "ss": inverse}
         return torch.stack([by_name[need] for need in self._needs])
 
     # ---- update -----------------------------------------------------------------------------------------------------------
 
-    def _update(self, buckets: list[Bucket], verdict: Verdict, shares: list[tuple[Tensor, Tensor]]) -> None:
+    def _update(self, buckets: list[Bucket], verdict: Verdict, shares: Tensor, groups: dict[str, Tensor]) -> None:
         """Take the step, or undo what led to an explosion."""
         counted: dict[int, tuple[Bucket, Move, dict[str, Any]]] = {}
         for bucket in buckets:
-            rate = torch.where(verdict.taken, verdict.alpha[bucket.cell] * shares[bucket.index][1], 0.0)
+            rate = torch.where(verdict.taken, verdict.alpha[bucket.cell] * shares[bucket.index, 1], 0.0)
             lost = -torch.expm1(-(rate * bucket.group["weight_decay"]).clamp(max=MOST_DECAY))
-            last = self._last(bucket, verdict.last)
+            last = self._last(bucket, verdict.last, groups)
             *values, rate, lost, taken, back, kept, last = read(
                 bucket, *bucket.counts.values(), rate, lost, verdict.taken, verdict.back, ~verdict.bad, last
             )

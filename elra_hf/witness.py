@@ -15,6 +15,8 @@ LOSS_EXPLOSION = 25.0
 # What is left of mean and spread after a loss, and how many losses they must have seen.
 LOSS_MEMORY = 0.9
 LOSSES = 10
+# What is kept of the losses: their mean, spread and number.
+WITNESS = ("loss", "spread", "losses")
 
 
 def exploded_norm(square: Tensor, longest: Tensor) -> Tensor:
