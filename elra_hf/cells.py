@@ -171,9 +171,6 @@ class Cells(Gatherer):
         """Write rates and memory to where users, checkpoints and the next step find them."""
         assert self._table is not None
         self._table.copy_(table)
-        for group in self.param_groups:
-            if not self._absent(group):
-                group["elra_calls"] = min(group["elra_calls"] + 1, 2)
         if self.scope == "tensor":
             rows = torch.stack([verdict.alpha, *verdict.memory.values()], 1) if params else verdict.alpha
             for p, row in zip(params, rows.unbind(), strict=True):

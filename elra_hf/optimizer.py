@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels
-from .cells import Verdict
 from .checks import check_number, is_number
 from .directions import Direction, Move
-from .judge import Judge
+from .launches import Launches
 from .pieces import SIZES, Bucket, dot
 from .reduce import Groups as Ranks
 from .reduce import all_sum, require_same
@@ -25,12 +24,9 @@ if TYPE_CHECKING:
 
 Scope = Literal["global", "group", "tensor"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
-# The largest η·weight_decay of a step. Where gradients vanish, as on separable data, α may grow until this alone would
-# bring all weights to zero within a few steps.
-MOST_DECAY = 0.01
 
 
-class Elra(Judge):
+class Elra(Launches):
     """Gradient descent whose rate adapts itself, from a direction and a rate rule. Source: arXiv 2309.06274.
 
     x_{t+1} = x_t - η_t d_t with η_t = α_t · share_t. The rule turns the inner products of the gradient with where the run comes
@@ -149,21 +145,40 @@ class Elra(Judge):
         self._require_all(params)
         if buckets or any(ranks) or self.check_sync or self.dealt is not None:
             groups, shares = self._enter(params, buckets)
-            before = self._recall(params, groups)
-            parts = self._measure(buckets, ranks, shares, groups, before["alpha"])
-            total = all_sum(parts)
-            verdict = self._decide(total, groups, before, shares, loss)
-            if self.check_sync and not self._apart:
-                # also of what is whole on every rank, since the sum takes that from one rank only
-                seen = torch.stack([total, parts.get((), total)])
-                n = len(self._needs)
-                # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
-                require_same(seen[..., n + 3 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
-            self._update(buckets, verdict, shares, groups)
-            self._publish(params, verdict, self._written(verdict, groups, shares))
+            programs = self._fused(buckets, ranks) if loss is None else None
+            if programs is not None:
+                self._launch(programs, buckets, ranks, shares)
+            else:
+                self._step(params, buckets, ranks, groups, shares, loss)
+            for group in self.param_groups:
+                if not self._absent(group):
+                    group["elra_calls"] = min(group["elra_calls"] + 1, 2)
         for bucket in buckets:
             bucket.clear()
         return result
+
+    def _step(
+        self,
+        params: list[Tensor],
+        buckets: list[Bucket],
+        ranks: list[Ranks],
+        groups: dict[str, Tensor],
+        shares: Tensor,
+        loss: float | Tensor | None,
+    ) -> None:
+        """Measure, reduce, decide and update."""
+        before = self._recall(params, groups)
+        parts = self._measure(buckets, ranks, shares, groups, before["alpha"])
+        total = all_sum(parts)
+        verdict = self._decide(total, groups, before, shares, loss)
+        if self.check_sync and not self._apart:
+            # also of what is whole on every rank, since the sum takes that from one rank only
+            seen = torch.stack([total, parts.get((), total)])
+            n = len(self._needs)
+            # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
+            require_same(seen[..., n + 3 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
+        self._update(buckets, [self._move(bucket, verdict, shares, groups) for bucket in buckets])
+        self._publish(params, verdict, self._written(verdict, groups, shares))
 
     # ---- measure ----------------------------------------------------------------------------------------------------------
 
@@ -183,44 +198,25 @@ class Elra(Judge):
         for bucket in buckets:
             names, last = tuple(bucket.counts), self._last(bucket, alpha, groups)
             *values, last = read(bucket, *bucket.counts.values(), last)
-            rows = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), last, needs).to(alpha)
-            full = shares[bucket.index, 0]
-            known, live = self.scope == "global" or not (bucket.new or bucket.idle), full > 0
-            row = [rows * self._metric(bucket, full, groups), rows[-1:], rows[-1:] * known, rows[-1:] * live]
-            row.append(bucket.sizes().to(alpha) * live)
+            products = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), last, needs).to(alpha)
+            row = self._weigh(bucket, products, bucket.sizes().to(alpha), shares, groups)
             if self.check_sync:
                 squares = [dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]
-                row.append(torch.stack(squares).sum()[None].to(alpha))
-            parts[bucket.ranks][bucket.cell] += torch.cat(row)
+                row = torch.cat([row, torch.stack(squares).sum()[None].to(alpha)])
+            parts[bucket.ranks][bucket.cell] += row
         return parts
-
-    def _last(self, bucket: Bucket, alpha: Tensor, groups: dict[str, Tensor]) -> Tensor:
-        """η of the last step, 0 where that did not move these tensors."""
-        return alpha[bucket.cell] * (0.0 if bucket.idle else groups["multiplier"][bucket.index])
-
-    def _metric(self, bucket: Bucket, full: Tensor, groups: dict[str, Tensor]) -> Tensor:
-        """What the products of a group weigh: gradients by how far the group moves, ways by its inverse."""
-        if "pp" in self.rule.needs:  # products along the last step, by how far that went
-            return torch.zeros_like(full) if bucket.idle else groups["multiplier"][bucket.index]
-        inverse = torch.where(full > 0, 1.0 / full, 0.0)
-        by_name = {"gg": full, "gm": full, "mm": full, "gs": torch.ones_like(full), "ss": inverse}
-        return torch.stack([by_name[need] for need in self._needs])
 
     # ---- update -----------------------------------------------------------------------------------------------------------
 
-    def _update(self, buckets: list[Bucket], verdict: Verdict, shares: Tensor, groups: dict[str, Tensor]) -> None:
+    def _update(self, buckets: list[Bucket], moves: list[Move]) -> None:
         """Take the step, or undo what led to an explosion."""
         counted: dict[int, tuple[Bucket, Move, dict[str, Any]]] = {}
-        for bucket in buckets:
-            rate = torch.where(verdict.taken, verdict.alpha[bucket.cell] * shares[bucket.index, 1], 0.0)
-            lost = -torch.expm1(-(rate * bucket.group["weight_decay"]).clamp(max=MOST_DECAY))
-            last = self._last(bucket, verdict.last, groups)
-            *values, rate, lost, taken, back, kept, last = read(
-                bucket, *bucket.counts.values(), rate, lost, verdict.taken, verdict.back, ~verdict.bad, last
-            )
-            counts = dict(zip(bucket.counts, values, strict=True))
-            move = Move(rate, lost if bucket.group["weight_decay"] else None, taken, back, kept, last)
-            if not isinstance(taken, float) or taken or not kept:
+        for bucket, move in zip(buckets, moves, strict=True):
+            given = {name: value for name, value in move._asdict().items() if value is not None}
+            values = read(bucket, *bucket.counts.values(), *given.values())
+            counts = dict(zip(bucket.counts, values, strict=False))
+            move = move._replace(**dict(zip(given, values[len(counts) :], strict=True)))
+            if not isinstance(move.taken, float) or move.taken or not move.kept:
                 kernels.update(self.direction, bucket, counts, move)
             counted[id(bucket.counts["step"])] = bucket, move, counts
         for bucket, move, counts in counted.values():
@@ -228,7 +224,7 @@ class Elra(Judge):
                 bucket.counts[name].copy_(value) if isinstance(value, Tensor) else bucket.counts[name].fill_(value)
 
 
-def read(bucket: Bucket, *values: Tensor) -> list[Any]:
+def read(bucket: Bucket, *values: Any) -> list[Any]:
     """0-dim tensors as floats on the CPU, where that waits for nothing, else on the device and in the dtype of the bucket."""
     device, dtype = bucket.params[0].device, bucket.dtype
     if device.type == "cpu" and not torch.compiler.is_compiling() and values[-1].device.type == "cpu":

@@ -48,15 +48,21 @@ def measure(direction: Direction, bucket: Bucket, counts: Counts, last: Scalar, 
     """The inner products ``needs`` of a bucket, shape (len(needs),), from the state before the step."""
     if bucket.kernels == "plain":
         return torch.stack([torch.stack(direction.measure(piece, counts, last, needs)) for piece in bucket.pieces()]).sum(0)
-    numbers = direction.numbers(bucket.group, counts, last)
-    found = (native if bucket.kernels == "native" else accelerated()).measure(direction, bucket, numbers)
-    return torch.stack([found[need] for need in needs])
+    if bucket.kernels == "native":
+        found = native.measure(direction, bucket, direction.numbers(bucket.group, counts, last))
+        return torch.stack([found[need] for need in needs])
+    triton = accelerated()
+    move = Move(last, None, 1.0, 0.0, 1.0, last)
+    like = torch.empty((), dtype=torch.float32, device=bucket.params[0].device)
+    row: Tensor = triton.measure(direction, [bucket], triton.numbers(direction, bucket, counts, move, like)[None])[0]
+    return row[[triton.PRODUCTS.index(need) for need in needs]]
 
 
 def update(direction: Direction, bucket: Bucket, counts: Counts, move: Move) -> None:
     """Take the step of a bucket."""
     if bucket.kernels == "triton":
-        accelerated().update(direction, bucket, direction.numbers(bucket.group, counts, move.rate), move)
+        like = torch.empty((), dtype=torch.float32, device=bucket.params[0].device)
+        accelerated().update(direction, [bucket], accelerated().numbers(direction, bucket, counts, move, like)[None])
     elif bucket.kernels == "native" and move.taken and not move.back:
         native.update(direction, bucket, direction.numbers(bucket.group, counts, move.rate), move)
     else:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,26 @@ def _build(compiler: str) -> Path:
         next((x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))), "") if info.exists() else ""
     )
     key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.platform(), platform.processor(), processor))
+    name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+    def compile_to(path: Path) -> None:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(path), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    return cached(name, compile_to)
+
+
+def cached(name: str, make: Callable[[Path], object]) -> Path:
+    """The file of that name in the user's cache folder; what is not there is made, at once, for others may be at it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
-    built = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
+    path = folder / name
+    if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch) / "native.so"
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh), "-lm"], check=True, capture_output=True, timeout=120
-            )
-            fresh.replace(built)  # at once, for others may be at it
-    return built
+            fresh = Path(scratch) / name
+            make(fresh)
+            fresh.replace(path)
+    return path
 
 
 def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:

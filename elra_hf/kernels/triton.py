@@ -1,57 +1,81 @@
-"""The kernels for accelerators, in Triton: one launch measures a bucket and one updates it, whatever the number of tensors.
+"""The kernels for accelerators, in Triton: two launches measure and one updates, whatever the number of buckets and tensors.
 
 The tensors are found through a table of addresses, and cut into chunks of `CHUNK` entries, one a program. Sums are taken chunk
 by chunk and then over the chunks, so that they are the same in every run. Numbers that depend on the run lie on the device.
+Tensors of another dtype take launches of their own.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..directions import Adam, Direction, Momentum, Move, Numbers
-from ..pieces import PLAIN_TENSORS, Bucket, Scalar
+from ..directions import Adam, Counts, Direction, Momentum, Move
+from ..pieces import PLAIN_TENSORS, Bucket
 
 CHUNK = 2**14
 BLOCK = 2**10
 PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
-COLUMNS = ("p", "g", "way", "mean", "variance")
+# What a bucket's row of numbers holds, in the order of the kernels; see `Numbers` and `Move`.
+NUMBERS = ("fresh", "first", "rate", "share", "taken", "back", "decay", "beta1", "beta2", "eps", "sign")
+WIDTH = tl.constexpr(len(NUMBERS))
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
-def _column(table, column: tl.constexpr, tensors, k, start, dtype: tl.constexpr, aligned: tl.constexpr):
+def _column(table, column: tl.constexpr, tensors, k, start, dtype: tl.constexpr, wide: tl.constexpr):
     """Where the chunk begins in one of the columns."""
     pointer = tl.load(table + column * tensors + k).to(tl.pointer_type(dtype)) + start
-    return tl.multiple_of(pointer, 16) if aligned else pointer
+    return tl.multiple_of(pointer, 16) if wide else pointer
+
+
+@triton.jit
+def _is_wide(table, tensors, k, n):
+    """Whether the chunk can be loaded 16 bytes at a time, which has to be known where the loop is compiled."""
+    return (tl.load(table + 5 * tensors + k) != 0) & (n % 16 == 0)
 
 
 @triton.jit
 def _measure(
-    table, chunks, tensors, numbers, sums, sign, eps,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, aligned: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    table, chunks, tensors, numbers, sums,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The five products of one chunk, to ``sums``, shape (chunks, 5)."""
-    at = tl.program_id(0)
-    k, start, n = tl.load(chunks + 3 * at), tl.load(chunks + 3 * at + 1), tl.load(chunks + 3 * at + 2)
-    g_at = _column(table, 1, tensors, k, start, grad, aligned)
-    way_at = _column(table, 2, tensors, k, start, dtype, aligned)
-    m_at = _column(table, 3, tensors, k, start, dtype, aligned)
-    v_at = _column(table, 4, tensors, k, start, tl.float32, aligned)
-    fresh = tl.load(numbers)
+    row = chunks + 5 * tl.program_id(0)
+    k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
+    mine, to = numbers + WIDTH * tl.load(row + 3), sums + 5 * tl.load(row + 4)
+    if _is_wide(table, tensors, k, n):
+        _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, True, BLOCK)
+    else:
+        _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, False, BLOCK)
+
+
+@triton.jit
+def _measure_chunk(
+    table, tensors, k, start, n, mine, to,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if wide:
+        n = n // 16 * 16  # which the compiler understands
+    g_at = _column(table, 1, tensors, k, start, grad, wide)
+    way_at = _column(table, 2, tensors, k, start, dtype, wide)
+    m_at = _column(table, 3, tensors, k, start, dtype, wide)
+    v_at = _column(table, 4, tensors, k, start, tl.float32, wide)
+    fresh, eps, sign = tl.load(mine), tl.load(mine + 9), tl.load(mine + 10)
     gg = tl.zeros((BLOCK,), tl.float32)
     gm = tl.zeros((BLOCK,), tl.float32)
     gs = tl.zeros((BLOCK,), tl.float32)
     mm = tl.zeros((BLOCK,), tl.float32)
     ss = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, CHUNK, BLOCK):
+    for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
         inside = i < n
         g = sign * tl.load(g_at + i, inside, 0.0).to(tl.float32)
@@ -68,31 +92,60 @@ def _measure(
         gs += g * way
         mm += m * m / metric
         ss += way * way * metric
-    tl.store(sums + 5 * at, tl.sum(gg))
-    tl.store(sums + 5 * at + 1, tl.sum(gm))
-    tl.store(sums + 5 * at + 2, tl.sum(gs))
-    tl.store(sums + 5 * at + 3, tl.sum(mm))
-    tl.store(sums + 5 * at + 4, tl.sum(ss))
+    tl.store(to, tl.sum(gg))
+    tl.store(to + 1, tl.sum(gm))
+    tl.store(to + 2, tl.sum(gs))
+    tl.store(to + 3, tl.sum(mm))
+    tl.store(to + 4, tl.sum(ss))
+
+
+@triton.jit
+def _total(sums, bounds, rows, BLOCK: tl.constexpr):
+    """The sums of the chunks of one bucket, to its row of ``rows``, shape (buckets, 5)."""
+    b = tl.program_id(0)
+    start, stop = tl.load(bounds + 2 * b), tl.load(bounds + 2 * b + 1)
+    column = tl.arange(0, 8)
+    total = tl.zeros((BLOCK, 8), tl.float32)
+    for first in range(start, stop, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = (i < stop)[:, None] & (column < 5)[None, :]
+        total += tl.load(sums + i[:, None] * 5 + column[None, :], inside, 0.0)
+    tl.store(rows + 5 * b + column, tl.sum(total, 0), column < 5)
 
 
 @triton.jit
 def _update(
-    table, chunks, tensors, numbers, sign, beta1, beta2, eps,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, aligned: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    table, chunks, tensors, numbers,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0."""
-    at = tl.program_id(0)
-    k, start, n = tl.load(chunks + 3 * at), tl.load(chunks + 3 * at + 1), tl.load(chunks + 3 * at + 2)
-    p_at = _column(table, 0, tensors, k, start, dtype, aligned)
-    g_at = _column(table, 1, tensors, k, start, grad, aligned)
-    way_at = _column(table, 2, tensors, k, start, dtype, aligned)
-    m_at = _column(table, 3, tensors, k, start, dtype, aligned)
-    v_at = _column(table, 4, tensors, k, start, tl.float32, aligned)
-    taken, back, decay = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
-    fresh, first = tl.load(numbers) * taken, tl.load(numbers + 1) * taken
-    rate, share = tl.load(numbers + 2), tl.load(numbers + 3) * taken
-    for begin in range(0, CHUNK, BLOCK):
+    row = chunks + 5 * tl.program_id(0)
+    k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
+    mine = numbers + WIDTH * tl.load(row + 3)
+    if _is_wide(table, tensors, k, n):
+        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, True, BLOCK)
+    else:
+        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, False, BLOCK)
+
+
+@triton.jit
+def _update_chunk(
+    table, tensors, k, start, n, mine,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if wide:
+        n = n // 16 * 16  # which the compiler understands
+    p_at = _column(table, 0, tensors, k, start, dtype, wide)
+    g_at = _column(table, 1, tensors, k, start, grad, wide)
+    way_at = _column(table, 2, tensors, k, start, dtype, wide)
+    m_at = _column(table, 3, tensors, k, start, dtype, wide)
+    v_at = _column(table, 4, tensors, k, start, tl.float32, wide)
+    taken, back, decay = tl.load(mine + 4), tl.load(mine + 5), tl.load(mine + 6)
+    fresh, first = tl.load(mine) * taken, tl.load(mine + 1) * taken
+    rate, share = tl.load(mine + 2), tl.load(mine + 3) * taken
+    beta1, beta2, eps, sign = tl.load(mine + 7), tl.load(mine + 8), tl.load(mine + 9), tl.load(mine + 10)
+    for begin in range(0, n, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         inside = i < n
         g = tl.where(taken > 0, sign * tl.load(g_at + i, inside, 0.0).to(tl.float32), 0.0)
@@ -132,59 +185,88 @@ def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict
     )
 
 
-def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
-    """The inner products by name, 0-dim."""
-    table, chunks, options = _tables(direction, bucket)
-    sums = torch.empty(len(chunks), len(PRODUCTS), dtype=torch.float32, device=chunks.device)
-    scalars = _scalars(chunks.device, numbers.fresh)
-    _measure[(len(chunks),)](table, chunks, table.shape[1], scalars, sums, options.pop("sign"), numbers.eps, **options)
-    return dict(zip(PRODUCTS, sums.sum(0).unbind(), strict=True))
+def numbers(direction: Direction, bucket: Bucket, counts: Counts, move: Move, like: Tensor) -> Tensor:
+    """What the kernels multiply with in one bucket, shape (len(`NUMBERS`),), in dtype and device of ``like``."""
+    c = direction.numbers(bucket.group, counts, move.rate)
+    decay, sign = 0.0 if move.decay is None else move.decay, -1.0 if bucket.group["maximize"] else 1.0
+    values = (c.fresh, c.first, c.rate, c.share, move.taken, move.back, decay, c.beta1, c.beta2, c.eps, sign)
+    return torch.stack([v.to(like) if isinstance(v, Tensor) else like.new_full((), v) for v in values])
 
 
-def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -> None:
+def measure(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> Tensor:
+    """The inner products `PRODUCTS` of each bucket, shape (buckets, 5)."""
+    sheets, bounds = _sheets(direction, buckets)
+    sums = numbers.new_empty(sum(len(sheet.chunks) for sheet in sheets), len(PRODUCTS))
+    rows = numbers.new_empty(len(buckets), len(PRODUCTS))
+    for sheet in sheets:
+        arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers, sums)
+        _measure[(len(sheet.chunks),)](*arguments, **sheet.options)
+    _total[(len(buckets),)](sums, bounds, rows, BLOCK=512)
+    return rows
+
+
+def update(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> None:
     """Take a step, or undo one."""
-    table, chunks, options = _tables(direction, bucket)
-    c, decay = numbers, 0.0 if move.decay is None else move.decay
-    scalars = _scalars(chunks.device, c.fresh, c.first, c.rate, c.share, move.taken, move.back, decay)
-    arguments = (table, chunks, table.shape[1], scalars, options.pop("sign"), c.beta1, c.beta2, c.eps)
-    _update[(len(chunks),)](*arguments, **options)
-    torch.autograd.graph.increment_version(bucket.params)
+    for sheet in _sheets(direction, buckets)[0]:
+        _update[(len(sheet.chunks),)](sheet.table, sheet.chunks, sheet.table.shape[1], numbers, **sheet.options)
+    for bucket in buckets:
+        torch.autograd.graph.increment_version(bucket.params)
 
 
-def _scalars(device: torch.device, *values: Scalar) -> Tensor:
-    """Numbers of the host and of the device, side by side on the device."""
-    return torch.stack(
-        [v.float() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=device) for v in values]
-    )
+class Sheet(NamedTuple):
+    """What one launch works on.
+
+    Attributes:
+        table: addresses, and whether all of a tensor's are multiples of 16, shape (6, tensors).
+        chunks: (tensor, first entry, entries, bucket, place of its sums), shape (chunks, 5).
+        grads: copies of gradients must live as long as their addresses.
+        options: constants of the kernels.
+    """
+
+    table: Tensor
+    chunks: Tensor
+    grads: list[Tensor]
+    options: dict[str, Any]
 
 
-def _tables(direction: Direction, bucket: Bucket) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Addresses, shape (5, tensors); chunks as (tensor, first entry, entries), shape (chunks, 3); options of the kernels."""
-    device = bucket.params[0].device
-    if not bucket.tables:
-        grads = [g.contiguous() if g.dtype in TYPES else g.float().contiguous() for g in bucket.grads]
-        if len({g.dtype for g in grads}) > 1:
-            grads = [g.float() for g in grads]
-        momentum = bucket.state.get("mean") or bucket.state.get("momentum")
-        columns = [bucket.params, grads, bucket.state["way"], momentum, bucket.state.get("variance")]
-        addresses = tuple(tuple(t.data_ptr() for t in column) if column else (0,) * len(grads) for column in columns)
-        aligned = all(address % 16 == 0 for column in addresses for address in column)
-        bucket.tables.update(
-            table=_uploaded(addresses, device),
-            chunks=_chunks(tuple(p.numel() for p in bucket.params), device),
-            grads=grads,  # copies must live as long as their addresses
-            options={
-                "sign": -1.0 if bucket.group["maximize"] else 1.0,
-                "adam": isinstance(direction, Adam),
-                "momentum": momentum is not None,
-                "dtype": TYPES[bucket.params[0].dtype],
-                "grad": TYPES[grads[0].dtype],
-                "aligned": aligned,
-                "CHUNK": CHUNK,
-                "BLOCK": BLOCK,
-            },
+def _sheets(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet], Tensor]:
+    """The launches of these buckets, found once a step; and where their sums begin and end, shape (buckets, 2)."""
+    kept = buckets[0].tables
+    if "sheets" not in kept:
+        device = buckets[0].params[0].device
+        kinds: dict[tuple[Any, ...], list[tuple[int, list[Tensor], list[Tensor] | None]]] = {}
+        for b, bucket in enumerate(buckets):
+            grads = [g.contiguous() if g.dtype in TYPES else g.float().contiguous() for g in bucket.grads]
+            if len({g.dtype for g in grads}) > 1:
+                grads = [g.float() for g in grads]
+            momentum = bucket.state.get("mean") or bucket.state.get("momentum")
+            kind = bucket.params[0].dtype, grads[0].dtype, momentum is not None
+            kinds.setdefault(kind, []).append((b, grads, momentum))
+        sizes = tuple(
+            tuple((b, tuple(p.numel() for p in buckets[b].params)) for b, *_ in members) for members in kinds.values()
         )
-    return bucket.tables["table"], bucket.tables["chunks"], dict(bucket.tables["options"])
+        chunks, bounds = _chunks(sizes, device)
+        sheets = []
+        for (dtype, grad, with_momentum), members, rows in zip(kinds, kinds.values(), chunks, strict=True):
+            columns: list[list[int]] = [[], [], [], [], []]
+            for b, grads, momentum in members:
+                state = buckets[b].state
+                every = (buckets[b].params, grads, state["way"], momentum, state.get("variance"))
+                for column, tensors in zip(columns, every, strict=True):
+                    column += [t.data_ptr() for t in tensors] if tensors else [0] * len(grads)
+            options = {
+                "adam": isinstance(direction, Adam),
+                "momentum": with_momentum,
+                "dtype": TYPES[dtype],
+                "grad": TYPES[grad],
+                "BLOCK": BLOCK,
+            }
+            aligned = [int(all(address % 16 == 0 for address in addresses)) for addresses in zip(*columns, strict=True)]
+            table = _uploaded(tuple(map(tuple, [*columns, aligned])), device)
+            sheets.append(Sheet(table, rows, [g for _, grads, _ in members for g in grads], options))
+        kept["sheets"] = sheets, bounds
+    found: tuple[list[Sheet], Tensor] = kept["sheets"]
+    return found
 
 
 @functools.lru_cache(maxsize=16)
@@ -195,6 +277,17 @@ def _uploaded(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> T
 
 
 @functools.lru_cache(maxsize=16)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    rows = [(k, i, min(CHUNK, n - i)) for k, n in enumerate(sizes) for i in range(0, n, CHUNK)]
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3).to(device)
+def _chunks(sheets: tuple[Any, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """The chunks of each sheet, given as (bucket, numbers of entries of its tensors), and the bounds of all buckets."""
+    found, bounds, at = [], {}, 0
+    for members in sheets:
+        rows, k = [], 0
+        for b, sizes in members:
+            start = at
+            for n in sizes:
+                parts = range(0, n, CHUNK)
+                rows += [(k, i, min(CHUNK, n - i), b, at + j) for j, i in enumerate(parts)]
+                at, k = at + len(parts), k + 1
+            bounds[b] = start, at
+        found.append(torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 5).to(device))
+    return found, torch.tensor([bounds[b] for b in sorted(bounds)], dtype=torch.int64, device="cpu").to(device)

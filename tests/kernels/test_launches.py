@@ -1,0 +1,201 @@
+"""The step of an accelerator, in Triton's interpreter: the same numbers as in plain torch, in a handful of launches."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, kernels
+from tests.core.problems import VARIANTS
+
+from .test_kernels import TRITON
+
+pytestmark = [*TRITON.marks, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+# what sends nothing: views, memory, the profiler, and numbers on the host
+FREE = {"lift_fresh", "profiler::_record_function_enter_new", "profiler::_record_function_exit"}
+FREE |= {"empty", "new_empty", "empty_like", "select", "unbind", "slice", "view", "detach", "alias", "expand"}
+
+
+def net(width=30, layers=0):
+    torch.manual_seed(0)
+    inner = [torch.nn.Linear(width, width) for _ in range(layers)]
+    return torch.nn.Sequential(torch.nn.Linear(20, width), torch.nn.Tanh(), *inner, torch.nn.Linear(width, 1))
+
+
+def groups(model):
+    """With weight decay and without, as the Trainer makes them."""
+    return [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def train(optimizer, model, steps, bad=None, before=lambda t: None):
+    x = torch.randn(64, 20, generator=torch.Generator().manual_seed(1))
+    fused = 0
+    for t in range(steps):
+        optimizer.zero_grad()
+        model(x).sub(x[:, :1]).square().mean().backward()
+        if t == bad:
+            model[0].weight.grad[0, 0] = torch.nan
+        before(t)
+        optimizer.step()
+        fused += optimizer._programs[1] is not None
+    return fused
+
+
+def run(make, chosen, monkeypatch, **options):
+    monkeypatch.setattr(kernels, "choose", lambda *_: chosen)
+    model = net()
+    optimizer = make(groups(model))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 3) * (1 - t / 20))
+    fused = train(optimizer, model, 9, before=lambda t: schedule.step() if t else None, **options)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    kept = {f"{k} {i}": v.item() for i, g in enumerate(optimizer.param_groups) for k, v in g.items() if torch.is_tensor(v)}
+    counts = [float(state["step"]) for state in optimizer.state.values()]
+    return weights, kept, counts, fused
+
+
+@pytest.mark.parametrize("bad", [None, 5])
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("cls", [ElraAdamW, ElraC2Min, ElraP2Min])
+def test_the_same_numbers(cls, scope, bad, monkeypatch):
+    def make(params):
+        return cls(params, scope=scope)
+
+    *ours, fused = run(make, "triton", monkeypatch, bad=bad)
+    *theirs, none = run(make, "plain", monkeypatch, bad=bad)
+    assert (fused, none) == (7, 0)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-6)
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-4, abs=1e-5)
+    assert ours[2] == theirs[2]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what an accelerator would be sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.inside = [], False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if not self.inside and name not in FREE:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    counter, real = Launches(), InterpretedFunction.run
+
+    def spy(self, *args, **kwargs):
+        counter.seen.append(self.fn.__name__)
+        counter.inside = True
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            counter.inside = False
+
+    monkeypatch.setattr(InterpretedFunction, "run", spy)
+    return counter
+
+
+@pytest.mark.parametrize(("cls", "layers"), [(ElraAdamW, 0), (ElraAdamW, 20), (ElraC2Min, 0), (ElraP2Min, 0)])
+def test_six_launches(cls, layers, launches, monkeypatch):
+    """At any number of tensors, and with a schedule that writes another lr for every step."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model = net(8, layers)
+    optimizer = cls(groups(model))
+    train(optimizer, model, 3)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    launches.seen.clear()
+    with launches:
+        optimizer.step()
+    assert launches.seen == ["program", "_measure", "_total", "program", "program", "_update"]  # and the upload of the lr
+
+
+def test_what_changes_at_every_step_gets_no_programs(monkeypatch):
+    """A schedule of the weight decay would have each step compile its own."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model = net()
+    optimizer = ElraAdamW(groups(model))
+
+    def decay(t):
+        optimizer.param_groups[0]["weight_decay"] = 0.1 + 0.01 * t
+
+    assert train(optimizer, model, 5, before=decay) == 0
+    assert train(optimizer, model, 3) == 3
+
+
+def test_goes_the_long_way_where_no_program_can_be_made(monkeypatch):
+    from elra_hf.kernels import fuse
+
+    def broken(source):
+        raise OSError("no compiler")
+
+    expected = run(ElraAdamW, "plain", monkeypatch)
+    monkeypatch.setattr(fuse, "_load", broken)
+    found = run(ElraAdamW, "triton", monkeypatch)
+    assert found[3] == 0
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_in_few_launches_is_saved_and_loaded(name, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model, other = net(), net()
+    optimizer, loaded = VARIANTS[name](groups(model)), VARIANTS[name](groups(other))
+    train(optimizer, model, 4)
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, model, 3)
+    train(loaded, other, 3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+COMPILE = """
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import torch
+from elra_hf import ElraAdamW
+from elra_hf.kernels import fuse, triton as own
+
+def built(function, signature, constants, **options):
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=places)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+kinds = [(True, True, tl.float32), (True, True, tl.bfloat16), (False, True, tl.float32), (False, False, tl.float32)]
+for adam, momentum, dtype in kinds:
+    constants = dict(adam=adam, momentum=momentum, dtype=dtype, grad=dtype, BLOCK=own.BLOCK)
+    tables = {"table": "*i64", "chunks": "*i64", "tensors": "i32", "numbers": "*fp32"}
+    # 1024 entries are two loads of 16 bytes for each of 128 threads, or one where an entry has two bytes
+    each = 2 if dtype == tl.float32 else 1
+    expected = each * (2 + momentum) + 2 * adam
+    for function, more, loads in ((own._measure, {"sums": "*fp32"}, expected), (own._update, {}, expected + each)):
+        found = built(function, {**tables, **more}, constants).count("ld.global.v4")
+        assert found == loads, (function, adam, momentum, dtype, found, loads)
+built(own._total, {"sums": "*fp32", "bounds": "*i64", "rows": "*fp32"}, {"BLOCK": 512})
+program = fuse.Fused(lambda x, y: (torch.where((x > 0.5) & ~torch.isfinite(y), 0.9 ** x, x.clamp(0.0, 1.0)), torch.expm1(y)),
+                     [torch.ones(3), torch.ones(())])._kernel
+built(program, dict.fromkeys(program.arg_names, "*fp32"), {}, num_warps=1)
+"""
+
+
+def test_compiles_for_a_gpu_with_wide_loads():
+    """To machine code of an H100, for which no GPU is needed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
