@@ -63,7 +63,11 @@ class Gatherer(Groups):
             for bucket in plan.buckets:
                 bucket.clear()
             for p, bucket in zip(having, plan.targets, strict=True):
-                bucket.add(p, gradient(p), self.state[p])
+                state = self.state[p]
+                if type(p) in PLAIN_TENSORS:
+                    bucket.add(p, gradient(p), state)
+                else:
+                    bucket.add(real(p), real(gradient(p)), {name: real(state[name]) for name in bucket.state})
             return plan.buckets
         idle = [group["elra_idle"] for group in self.param_groups]
         buckets, targets = self._sort(ranks)
@@ -83,12 +87,13 @@ class Gatherer(Groups):
         for group in self.param_groups:
             seen.append((id(group), group["elra_idle"], group["elra_calls"]))
             for p in group["params"]:
-                grad = p.grad
-                if type(p) not in PLAIN_TENSORS or p.is_complex() or (grad is not None and grad.is_sparse):
+                grad, x = p.grad, p if type(p) in PLAIN_TENSORS else local(p)
+                if type(x) not in PLAIN_TENSORS or x.is_complex() or (grad is not None and grad.is_sparse):
                     return None
-                seen += (id(p), p.shape, p.stride(), grad is None)
+                seen += (id(p), x.shape, x.stride(), grad is None)
                 if grad is not None:
-                    for tensor in (p, *self.state.get(p, {}).values()):
+                    state = self.state.get(p, {}).values()
+                    for tensor in (x, *(state if x is p else map(local, state))):
                         seen += (id(tensor), tensor.data_ptr(), tensor.dtype)
         return seen
 

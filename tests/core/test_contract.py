@@ -104,6 +104,18 @@ def test_the_trace_would_notice_a_synchronisation():
 
 
 @every
+def test_refuses_to_be_captured(cls, monkeypatch):
+    model = net()
+    optimizer = cls(model.parameters())
+    loss_of(model, 0).backward()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = flat(model)
+    with pytest.raises(RuntimeError, match="capture the forward and backward pass"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+
+
+@every
 def test_compiles_to_the_same_result(cls):
     """Without a graph break, and compiled three times at most. The first step is taken by itself, for it reads a tensor lr."""
     torch._dynamo.reset()
