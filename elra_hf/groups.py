@@ -227,7 +227,8 @@ class Groups(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
                     group.setdefault(name, value)
-            group.pop("elra_tensor", None)
+            for name in ("elra_tensor", "elra_ages"):  # of checkpoints only
+                group.pop(name, None)
             self._fill_group(group)
             if isinstance(group["lr"], Tensor) and group["elra_top"] is not None:  # a number in the checkpoint
                 group["elra_top"] = torch.as_tensor(group["elra_top"]).to(number(group["lr"]))
@@ -238,7 +239,8 @@ class Groups(Optimizer):
         Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
         """
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
+        for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            group["elra_ages"] = self._ages(mine)
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
             if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing
@@ -270,10 +272,10 @@ class Groups(Optimizer):
         finally:
             handle.remove()
         state_dict = seen
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = [(i, age) for group in state_dict["param_groups"] for i, age in self._aged(group)]
         params = [(index, group, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         shared: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-        for member, (i, (index, group, p)) in enumerate(zip(saved, params, strict=True)):
+        for member, ((i, age), (index, group, p)) in enumerate(zip(saved, params, strict=True)):
             loaded = state_dict["state"].get(i, {})
             if not loaded:
                 continue
@@ -285,11 +287,30 @@ class Groups(Optimizer):
                     self.state[p][name] = self.state[p][name].to(dtype)
             if "elra" in loaded:
                 self.state[p]["elra"] = loaded["elra"].detach().clone()
-            # peers of one age share their counters
+            # peers of one age share their counters; others may have come to the same count, and go on apart
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
             dtype = torch.float64 if is_wide(p) else torch.float32
             fresh = {name: torch.tensor(n, dtype=dtype, device=p.device) for name, n in counts.items()}
-            self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
+            self.state[p].update(shared.setdefault((self._peers(index, member, p), age, *counts.values()), fresh))
+
+    def _ages(self, group: dict[str, Any]) -> str:
+        """Which parameters of ``group`` share their counters: a number for each, those of one number do; "" where all do.
+
+        A string, as the rest of what distributed checkpoints expect to be of one length. "" also of slices, of which each rank
+        has others.
+        """
+        if self.process_group is not None:
+            return ""
+        numbers: dict[int, str] = {}
+        ages = [id(self.state[p]["step"]) if self.state.get(p) else 0 for p in group["params"]]
+        names = [numbers.setdefault(age, str(len(numbers))) for age in ages]
+        return " ".join(names) if len(numbers) > 1 else ""
+
+    @staticmethod
+    def _aged(group: dict[str, Any]) -> list[tuple[Any, str]]:
+        """The parameters of a group of a checkpoint, each with its age."""
+        ages = group.get("elra_ages", "").split()
+        return list(zip(group["params"], ages + [""] * len(group["params"]), strict=False))
 
     def _mended(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """``groups`` of a checkpoint, those without parameters made whole: what they hold gets lost on torch's way."""
@@ -306,8 +327,8 @@ class Groups(Optimizer):
         ]
 
     def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:
-        """What parameters have in common that count together: a group, as ZeRO steps groups apart, and a rate."""
-        return index, member if self.scope == "tensor" else -1, p.device
+        """What parameters have in common that count together: a group, as ZeRO steps groups apart, a rate and a precision."""
+        return index, member if self.scope == "tensor" else -1, p.device, is_wide(p)
 
     def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError for the state of another optimizer, or of another of ours."""
@@ -327,12 +348,17 @@ class Groups(Optimizer):
         head = f"{type(self).__name__} (direction={self.direction!r}, rule={self.rule!r}, scope={self.scope!r})"
         return head + super().__repr__().removeprefix(type(self).__name__)
 
-    def _raise_state(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
+    def _raise_state(self, p: Tensor, group: dict[str, Any], moved: dict[tuple[Any, ...], tuple[Tensor, Tensor]]) -> None:
+        """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``.
+
+        ``moved`` are counters of peers before and after, for the peers to go on sharing them.
+        """
         state = self.state[p]
         for name, dtype in self.direction.dtypes(p, group).items():
             if state[name].dtype != dtype or state[name].device != p.device:
                 state[name] = state[name].to(p.device, dtype)
+        dtype = torch.float64 if is_wide(p) else torch.float32
         for name in self.direction.counters:
-            if state[name].device != p.device:
-                state[name] = state[name].to(p.device)
+            old = state[name]
+            if old.dtype != dtype or old.device != p.device:
+                state[name] = moved.setdefault((id(old), dtype, p.device), (old, old.to(p.device, dtype)))[1]
