@@ -97,7 +97,7 @@ class Gatherer(Groups):
         buckets: dict[tuple[Any, ...], Bucket] = {}
         targets: list[Bucket] = []
         newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-        moved: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._raise_counters()
         member = -1
         for index, group in enumerate(self.param_groups):
             # a string, since distributed checkpoints take lists apart and expect the same length when they load
@@ -117,7 +117,7 @@ class Gatherer(Groups):
                 state = self.state[p]
                 if not state:
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
-                self._raise_state(p, group, moved)
+                self._raise_state(p, group)
                 x, tensors = real(p), {name: real(state[name]) for name in self.direction.dtypes(p, group)}
                 chosen = kernels.choose(self.direction, x, tensors, group)
                 key = (

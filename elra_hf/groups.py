@@ -289,9 +289,9 @@ class Groups(Optimizer):
                 self.state[p]["elra"] = loaded["elra"].detach().clone()
             # peers of one age share their counters; others may have come to the same count, and go on apart
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
-            dtype = torch.float64 if is_wide(p) else torch.float32
-            fresh = {name: torch.tensor(n, dtype=dtype, device=p.device) for name, n in counts.items()}
+            fresh = {name: torch.tensor(n, dtype=torch.float64, device="cpu") for name, n in counts.items()}
             self.state[p].update(shared.setdefault((self._peers(index, member, p), age, *counts.values()), fresh))
+        self._raise_counters()
 
     def _ages(self, group: dict[str, Any]) -> str:
         """Which parameters of ``group`` share their counters: a number for each, those of one number do; "" where all do.
@@ -327,8 +327,8 @@ class Groups(Optimizer):
         ]
 
     def _peers(self, index: int, member: int, p: Tensor) -> tuple[Any, ...]:
-        """What parameters have in common that count together: a group, as ZeRO steps groups apart, a rate and a precision."""
-        return index, member if self.scope == "tensor" else -1, p.device, is_wide(p)
+        """What parameters have in common that count together: a group, as ZeRO steps groups apart, and a rate."""
+        return index, member if self.scope == "tensor" else -1, p.device
 
     def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError for the state of another optimizer, or of another of ours."""
@@ -348,17 +348,21 @@ class Groups(Optimizer):
         head = f"{type(self).__name__} (direction={self.direction!r}, rule={self.rule!r}, scope={self.scope!r})"
         return head + super().__repr__().removeprefix(type(self).__name__)
 
-    def _raise_state(self, p: Tensor, group: dict[str, Any], moved: dict[tuple[Any, ...], tuple[Tensor, Tensor]]) -> None:
-        """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``.
-
-        ``moved`` are counters of peers before and after, for the peers to go on sharing them.
-        """
+    def _raise_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
         state = self.state[p]
         for name, dtype in self.direction.dtypes(p, group).items():
             if state[name].dtype != dtype or state[name].device != p.device:
                 state[name] = state[name].to(p.device, dtype)
-        dtype = torch.float64 if is_wide(p) else torch.float32
-        for name in self.direction.counters:
-            old = state[name]
-            if old.dtype != dtype or old.device != p.device:
-                state[name] = moved.setdefault((id(old), dtype, p.device), (old, old.to(p.device, dtype)))[1]
+
+    def _raise_counters(self) -> None:
+        """Bring counters to the device of those that share them, and to the precision that the widest of these calls for."""
+        having = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p)]
+        wide = {id(state["step"]) for p, state in having if is_wide(p)}
+        moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # (before, after), for the peers to go on sharing
+        for p, state in having:
+            dtype = torch.float64 if id(state["step"]) in wide else torch.float32
+            for name in self.direction.counters:
+                old = state[name]
+                if old.dtype != dtype or old.device != p.device:
+                    state[name] = moved.setdefault((id(old), p.device), (old, old.to(p.device, dtype)))[1]
