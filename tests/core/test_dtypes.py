@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from .problems import VARIANTS, batch, flat, net, same, snapshot, train
+from .problems import VARIANTS, batch, flat, loss_of, net, same, snapshot, train
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 every = pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
@@ -215,9 +215,10 @@ def test_counters_are_shared_before_and_after_a_cast_and_a_checkpoint(cls):
         return first, last
 
     train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
     late.grad = torch.ones(3)
-    train(model, optimizer, [2])
-    late.grad = None
+    optimizer.step()
     assert [float(step) for step in count(optimizer)] == [3.0, 1.0]
     model[0].double()
     for p in (*model.parameters(), late):
