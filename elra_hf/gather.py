@@ -86,7 +86,7 @@ class Gatherer(Groups):
                 grad = p.grad
                 if type(p) not in PLAIN_TENSORS or p.is_complex() or (grad is not None and grad.is_sparse):
                     return None
-                seen += (id(p), p.shape, p.stride(), grad is None)
+                seen += (id(p), p.dtype, p.shape, p.stride(), grad is None)
                 if grad is not None:
                     for tensor in (p, *self.state.get(p, {}).values()):
                         seen += (id(tensor), tensor.data_ptr(), tensor.dtype)
