@@ -90,7 +90,7 @@ class Gatherer(Groups):
                 grad, x = p.grad, p if type(p) in PLAIN_TENSORS else local(p)
                 if type(x) not in PLAIN_TENSORS or x.is_complex() or (grad is not None and grad.is_sparse):
                     return None
-                seen += (id(p), x.shape, x.stride(), grad is None)
+                seen += (id(p), x.dtype, x.shape, x.stride(), grad is None)
                 if grad is not None:
                     state = self.state.get(p, {}).values()
                     for tensor in (x, *(state if x is p else map(local, state))):
@@ -102,6 +102,7 @@ class Gatherer(Groups):
         buckets: dict[tuple[Any, ...], Bucket] = {}
         targets: list[Bucket] = []
         newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        self._raise_counters()
         member = -1
         for index, group in enumerate(self.param_groups):
             # a string, since distributed checkpoints take lists apart and expect the same length when they load

@@ -223,7 +223,8 @@ class Groups(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch puts it among the defaults, and no fresh group has it
                     group.setdefault(name, value)
-            group.pop("elra_tensor", None)
+            for name in ("elra_tensor", "elra_ages"):  # of checkpoints only
+                group.pop(name, None)
             self._fill_group(group)
             if isinstance(group["lr"], Tensor) and group["elra_top"] is not None:  # a number in the checkpoint
                 group["elra_top"] = torch.as_tensor(group["elra_top"]).to(number(group["lr"]))
@@ -234,7 +235,8 @@ class Groups(Optimizer):
         Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
         """
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
+        for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            group["elra_ages"] = self._ages(mine)
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
             if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing
@@ -266,10 +268,10 @@ class Groups(Optimizer):
         finally:
             handle.remove()
         state_dict = seen
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = [(i, age) for group in state_dict["param_groups"] for i, age in self._aged(group)]
         params = [(index, group, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         shared: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-        for member, (i, (index, group, p)) in enumerate(zip(saved, params, strict=True)):
+        for member, ((i, age), (index, group, p)) in enumerate(zip(saved, params, strict=True)):
             loaded = state_dict["state"].get(i, {})
             if not loaded:
                 continue
@@ -281,11 +283,30 @@ class Groups(Optimizer):
                     self.state[p][name] = self.state[p][name].to(dtype)
             if "elra" in loaded:
                 self.state[p]["elra"] = loaded["elra"].detach().clone()
-            # peers of one age share their counters
+            # peers of one age share their counters; others may have come to the same count, and go on apart
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
-            dtype = torch.float64 if is_wide(p) else torch.float32
-            fresh = {name: torch.tensor(n, dtype=dtype, device=p.device) for name, n in counts.items()}
-            self.state[p].update(shared.setdefault((self._peers(index, member, p), *counts.values()), fresh))
+            fresh = {name: torch.tensor(n, dtype=torch.float64, device="cpu") for name, n in counts.items()}
+            self.state[p].update(shared.setdefault((self._peers(index, member, p), age, *counts.values()), fresh))
+        self._raise_counters()
+
+    def _ages(self, group: dict[str, Any]) -> str:
+        """Which parameters of ``group`` share their counters: a number for each, those of one number do; "" where all do.
+
+        A string, as the rest of what distributed checkpoints expect to be of one length. "" also of slices, of which each rank
+        has others.
+        """
+        if self.process_group is not None:
+            return ""
+        numbers: dict[int, str] = {}
+        ages = [id(self.state[p]["step"]) if self.state.get(p) else 0 for p in group["params"]]
+        names = [numbers.setdefault(age, str(len(numbers))) for age in ages]
+        return " ".join(names) if len(numbers) > 1 else ""
+
+    @staticmethod
+    def _aged(group: dict[str, Any]) -> list[tuple[Any, str]]:
+        """The parameters of a group of a checkpoint, each with its age."""
+        ages = group.get("elra_ages", "").split()
+        return list(zip(group["params"], ages + [""] * len(group["params"]), strict=False))
 
     def _mended(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """``groups`` of a checkpoint, those without parameters made whole: what they hold gets lost on torch's way."""
@@ -329,6 +350,15 @@ class Groups(Optimizer):
         for name, dtype in self.direction.dtypes(p, group).items():
             if state[name].dtype != dtype or state[name].device != p.device:
                 state[name] = state[name].to(p.device, dtype)
-        for name in self.direction.counters:
-            if state[name].device != p.device:
-                state[name] = state[name].to(p.device)
+
+    def _raise_counters(self) -> None:
+        """Bring counters to the device of those that share them, and to the precision that the widest of these calls for."""
+        having = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p)]
+        wide = {id(state["step"]) for p, state in having if is_wide(p)}
+        moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # (before, after), for the peers to go on sharing
+        for p, state in having:
+            dtype = torch.float64 if id(state["step"]) in wide else torch.float32
+            for name in self.direction.counters:
+                old = state[name]
+                if old.dtype != dtype or old.device != p.device:
+                    state[name] = moved.setdefault((id(old), p.device), (old, old.to(p.device, dtype)))[1]

@@ -135,10 +135,10 @@ class Elra(Launches):
         Raises:
             RuntimeError: a sparse gradient, sharded parameters whose group cannot be known, or a CUDA graph is captured.
         """
-        if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        if not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{type(self).__name__}.step() cannot be captured in a CUDA graph, which would repeat this step's learning rate "
-                "and addresses: capture the forward and backward pass, and call step() after the replay"
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph, which would repeat its learning rate and "
+                "addresses: capture the forward and backward pass, and call step() after the replay"
             )
         result = None
         if closure is not None:

@@ -17,6 +17,8 @@ DEVICE_SIZES = (2**27, 2**20)
 
 SIZES = ("logs", "count", "fans", "entries", "size")  # see `Bucket.sizes`
 
+MOST_OF_DOT = 2**30  # numbers that torch.dot is given at once; on CUDA it refuses 2**31
+
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # no subclass, whose memory may be something else
 
 Scalar = float | Tensor  # a float on the CPU, a 0-dim tensor where reading it would wait for the device
@@ -168,13 +170,13 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of flat or equally shaped tensors, 0-dim; in pieces where there are more numbers than torch.dot takes on CUDA."""
+    """⟨a, b⟩ of flat or equally shaped tensors, 0-dim; in pieces where there are more than `MOST_OF_DOT` numbers."""
     if a.is_contiguous() and b.is_contiguous():
         a, b = a.view(-1), b.view(-1)
-        limit = 2**30
-        if a.numel() <= limit:
+        if a.numel() <= MOST_OF_DOT:
             return torch.dot(a, b)
-        return torch.stack([torch.dot(x, y) for x, y in zip(a.split(limit), b.split(limit), strict=True)]).sum().to(a.dtype)  # type: ignore[no-untyped-call]
+        pairs = zip(a.split(MOST_OF_DOT), b.split(MOST_OF_DOT), strict=True)  # type: ignore[no-untyped-call]
+        return torch.stack([torch.dot(x, y) for x, y in pairs]).sum().to(a.dtype)
     return (a * b).sum()
 
 

@@ -1,5 +1,6 @@
 """What is measured once, counted or timed begins with what moves: tensor by tensor, group by group."""
 
+import copy
 import math
 
 import pytest
@@ -176,3 +177,23 @@ def test_the_first_rate_waits_for_a_warm_up_from_zero(cls, kind):
         train(model, optimizer, [0])
         lengths.append((flat(model) - before).norm().item())
     assert lengths == pytest.approx([lengths[0]] * 3, rel=1e-3)
+
+
+@every
+def test_ages_that_a_restart_brought_to_one_count_stay_apart(cls):
+    """One that sits out then does not count the steps of the other one, with a checkpoint in between or without."""
+    ends = []
+    for resumed in (False, True):
+        x, y = (torch.full((4,), value, dtype=torch.float64, requires_grad=True) for value in (1.0, 2.0))
+        optimizer = cls([x, y])
+        for step in range(12):
+            x.grad = x.detach() - 3.0
+            y.grad = 0.1 * y.detach() + 0.5 if step in (1, 2, 3) or step > 6 else None
+            if step == 2:
+                x.grad[0] = math.nan
+            optimizer.step()
+            if step == 3 and resumed:
+                saved, optimizer = copy.deepcopy(optimizer.state_dict()), cls([x, y])
+                optimizer.load_state_dict(saved)
+        ends.append((x.detach(), y.detach(), *(optimizer.state[p]["way"] for p in (x, y)), optimizer.param_groups[0]["alpha"]))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -108,7 +108,8 @@ def test_refuses_to_be_captured(cls, monkeypatch):
     model = net()
     optimizer = cls(model.parameters())
     loss_of(model, 0).backward()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     before = flat(model)
     with pytest.raises(RuntimeError, match="capture the forward and backward pass"):
         optimizer.step()

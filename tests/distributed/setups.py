@@ -251,6 +251,8 @@ def fsdp1(
 
 
 NORMS = ("norm", "embed")
+# that the kernels for accelerators are tried on, in an interpreter that takes its time
+FUSED = (("DDP", "elra_adamw"), ("FSDP2", "elra_c2min"), ("FSDP1 FULL_SHARD", "elra_adamw"))
 FULL, HYBRID, NO = ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD, ShardingStrategy.NO_SHARD
 GRADIENTS = ShardingStrategy.SHARD_GRAD_OP
 SETUPS: dict[str, SetUp] = {

@@ -8,6 +8,7 @@ import torch
 
 from .harness import launch, run, shared
 from .setups import SETUPS, VARIANTS, train_alone
+from .workers import BAD, with_a_nan
 
 
 @pytest.fixture
@@ -80,6 +81,27 @@ def test_accelerate_with_accumulation(variant, results):
 
 def test_accelerate_without_fsdp1_needs_no_group(results):
     assert results("accelerated: group") == [None, None]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1"])
+def test_a_nan_in_one_ranks_shard_is_one_of_all(kind, variant, results):
+    """All ranks leave out the step and go on, as one process with the whole gradient does."""
+    alphas, x, restarts = with_a_nan(kind, variant)
+    assert alphas[BAD] == pytest.approx(alphas[BAD - 1] / 3, rel=1e-9)
+    assert torch.isfinite(x).all()
+    for found, x_found, restarts_found in results(f"bad_shards: {kind}, {variant}"):
+        assert restarts_found == restarts
+        torch.testing.assert_close(found, alphas, rtol=1e-9, atol=0.0)
+        torch.testing.assert_close(x_found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_a_rank_that_has_stopped_is_an_error_of_the_other_one(results):
+    """After the group's time limit, and with nothing changed."""
+    step, said, kept = results("hung: stopped")[0]
+    assert step == 4
+    assert re.search("(?i)timed out", said), said
+    assert kept
 
 
 def test_hanging_ranks_are_killed_and_heard():

@@ -1,12 +1,14 @@
 """Every set-up against one process on the same global batches: α and x after 20 steps; and wrong reductions are noticed."""
 
 import functools
+import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
 from .harness import shared
-from .setups import FAR, SETUPS, VARIANTS, train_alone
+from .setups import FAR, FUSED, SETUPS, VARIANTS, train_alone
 
 SHARDED = [(name, wrong) for name, setup in SETUPS.items() for wrong in setup.wrong]
 
@@ -75,3 +77,15 @@ def test_wrong_reduction_is_noticed(name, wrong, variant, outcomes):
 def test_check_sync_finds_nothing_wrong(name, variant, outcomes):
     ranks = outcomes(name, variant, "checked")
     assert max(error(outcome, expected(name, variant)) for outcome in ranks) < SETUPS[name].tolerance
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("name", "variant"), FUSED)
+def test_few_launches_give_the_same(name, variant, tmp_path_factory):
+    """Through the kernels for accelerators in Triton's interpreter, where a sum lies between two programs."""
+    ranks = shared(tmp_path_factory, "launched", worker="tests.distributed.workers:launched", world=2)
+    for outcome, few in (rank[name, variant] for rank in ranks):
+        assert few >= 17  # of 20 and those in which the collectives are counted
+        assert error(outcome, train_alone(replace(SETUPS[name], dtype=torch.float32), variant)) < 1e-3
+        assert outcome.alphas == ranks[0][name, variant][0].alphas

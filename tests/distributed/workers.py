@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import traceback
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,9 +25,11 @@ from torch.nn.parallel import DistributedDataParallel as Ddp
 
 from elra_hf import ElraC2Min
 from elra_hf.adapters.accelerate import sharding_group
+from elra_hf.reduce import local
 
 from .setups import (
     FULL,
+    FUSED,
     NO,
     NORMS,
     SETUPS,
@@ -65,13 +71,37 @@ def rows() -> dict[tuple[str, str, str], Any]:
     return results
 
 
+def launched() -> dict[tuple[str, str], tuple[Outcome, int]]:
+    """Set-ups of this world size through the kernels for accelerators, and how many of the steps took few launches."""
+    import elra_hf.kernels
+    from elra_hf.launches import Launches
+
+    few, real = [0], Launches._launch
+
+    def count(self: Any, *args: Any) -> None:
+        few[0] += 1
+        real(self, *args)
+
+    results = {}
+    choose, elra_hf.kernels.choose = elra_hf.kernels.choose, lambda *_: "triton"
+    Launches._launch = count  # type: ignore[method-assign]
+    try:
+        for name, variant in FUSED:
+            few[0] = 0
+            results[name, variant] = train(replace(SETUPS[name], dtype=torch.float32), variant), few[0]
+            print(name, variant, few, flush=True)
+    finally:
+        elra_hf.kernels.choose, Launches._launch = choose, real  # type: ignore[method-assign]
+    return results
+
+
 # ---- behaviour, 2 ranks ------------------------------------------------------------------------------------------------
 
 
 def behaviour() -> dict[str, Any]:
     """Everything below, by name."""
     results: dict[str, Any] = {}
-    for function in (refusals, check_sync, join, scaler, accelerated):
+    for function in (refusals, check_sync, join, scaler, accelerated, bad_shards, hung):
         for key, value in function().items():
             results[f"{function.__name__}: {key}"] = value
         print(function.__name__, flush=True)
@@ -256,6 +286,55 @@ def accelerated() -> dict[str, Any]:
         result[variant] = Outcome(alphas, flatten(whole(named)()), 0)
     result["group"] = sharding_group(prepared)
     return result
+
+
+BAD = 5  # the step in which one rank has a gradient that is no number
+
+
+def with_a_nan(kind: str, variant: str) -> tuple[list[float], torch.Tensor, list[float]]:
+    """α of each step, x at the end and the restarts of a run in which the last rank's part alone has a NaN in step `BAD`."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wrapped = (WRAPS[kind](world) if world > 1 else alone)(build(Net))
+    optimizer = make(variant, wrapped.named, False, **wrapped.options)
+    steps = []
+
+    def poison(*_: Any) -> None:
+        steps.append(0)
+        if len(steps) == BAD + 1 and rank == world - 1:
+            local(next(p.grad for _, p in wrapped.named if p.grad is not None and local(p.grad).numel())).view(-1)[0] = (
+                torch.nan
+            )
+
+    optimizer.register_step_pre_hook(poison)
+    alphas = advance(wrapped, optimizer, SETUPS["DDP"], range(STEPS))
+    return alphas, flatten(wrapped.full()), [float(group["restarts"]) for group in optimizer.param_groups]
+
+
+def bad_shards() -> dict[str, Any]:
+    """`with_a_nan` where parameters are cut, which show their groups of ranks or are given one."""
+    return {f"{kind}, {variant}": with_a_nan(kind, variant) for kind in ("FSDP2", "FSDP1") for variant in VARIANTS}
+
+
+def hung() -> dict[str, Any]:
+    """One rank is stopped in mid run: what the step of the other one says, and whether it has changed anything."""
+    rank, group, pids = dist.get_rank(), dist.new_group(timeout=timedelta(seconds=10)), [0, 0]
+    dist.all_gather_object(pids, os.getpid())
+    x = torch.nn.Parameter(torch.full((4,), 2.0 + rank))
+    optimizer = ElraC2Min([x], process_group=group)
+    said = before = None
+    for step in range(6):
+        x.grad = x.detach() - 1.0
+        before = x.detach().clone(), float(optimizer.param_groups[0]["elra_alpha"])
+        if step == 4 and rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        said = complaint(optimizer.step)
+        if said:
+            break
+    if rank == 0:
+        os.kill(pids[1], signal.SIGCONT)
+    assert before is not None
+    kept = torch.equal(x, before[0]) and float(optimizer.param_groups[0]["elra_alpha"]) == before[1]
+    return {"stopped": (step, said, kept)}
 
 
 def hang() -> None:
