@@ -99,7 +99,13 @@ class Launches(Judge):
             tuple(dict.fromkeys(ranks)),
             tuple((b.index, b.cell, b.idle, b.ranks, tuple(c.values())) for b, c in zip(buckets, counts, strict=True)),
             tuple(
-                (self._absent(g), g["maximize"], g["weight_decay"], *(g[name] for name in self.direction.defaults()))
+                (
+                    self._absent(g),
+                    g["maximize"],
+                    g["stochastic_rounding"],
+                    g["weight_decay"],
+                    *(g[name] for name in self.direction.defaults()),
+                )
                 for g in self.param_groups
             ),
         )

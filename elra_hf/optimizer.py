@@ -48,7 +48,8 @@ class Elra(Launches):
         bounds: (lowest, highest) α; beyond them it is clamped and ``clamps`` counts.
         restart_factor: factor on α at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
+        stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
+            below their resolution move them in the mean.
         process_group: the ranks that hold other parts of the parameters, where that cannot be seen from them
             (FSDP1, DeepSpeed ZeRO). Not for DDP, nor for FSDP2 and tensor parallelism, which are recognised.
         check_sync: at every step, compare parameters, gradient and rate over all ranks, and raise where they have come
@@ -70,7 +71,7 @@ class Elra(Launches):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:

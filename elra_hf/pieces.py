@@ -149,23 +149,36 @@ class Piece:
     rows: list[int]
 
     def close(self) -> None:
-        """Write back what had to be copied. Weights in bfloat16 are rounded up or down by chance, right in the mean."""
+        """Write back what had to be copied. What is in bfloat16 is rounded up or down by chance, right in the mean."""
         if not self.rows:
             return
         worked = {"": self.p, **self.state}
-        for name, tensor in worked.items():
+        chance, seed = self.bucket.group["stochastic_rounding"], self.bucket.counts["step"]
+        for salt, (name, tensor) in enumerate(worked.items()):
             own = [(self.bucket.state[name] if name else self.bucket.params)[i] for i in self.rows]
-            if own[0].dtype == torch.bfloat16 and not name and self.bucket.group["stochastic_rounding"]:
-                tensor = rounded(tensor)
+            if own[0].dtype == torch.bfloat16 and chance:
+                tensor = rounded(tensor, seed, salt)
             parts = tensor.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
             torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(parts, own, strict=True)])
 
 
-def rounded(x: Tensor) -> Tensor:
+# Of the noise that rounds: the same on all ranks, in a run that is resumed, and in every kernel. Source: Fibonacci hashing, and
+# the last steps of MurmurHash3.
+SPREAD, SEED, SALT, MIX = -1640531535, 668265263, 374761393, (-2048144789, -1028477387)
+
+
+def noise(count: int, seed: Tensor, salt: int) -> Tensor:
+    """``count`` whole numbers below 2^16, as if by chance, from the number of the step; shape (count,), int32."""
+    i = torch.arange(count, dtype=torch.int32, device=seed.device)
+    h = i * SPREAD + (seed.to(torch.int32) * SEED + salt * SALT)
+    h = (h ^ ((h >> 16) & 0xFFFF)) * MIX[0]
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * MIX[1]
+    return (h ^ (h >> 16)) & 0xFFFF
+
+
+def rounded(x: Tensor, seed: Tensor, salt: int) -> Tensor:
     """float32 to bfloat16, up with the probability that makes the mean right; what is not finite stays as it is."""
-    bits = x.view(torch.int32)
-    noise = torch.randint_like(bits, 1 << 16)
-    up = ((bits + noise) & -65536).view(torch.float32)
+    up = ((x.view(torch.int32) + noise(x.numel(), seed.to(x.device), salt)) & -65536).view(torch.float32)
     return torch.where(torch.isfinite(x) & torch.isfinite(up), up, x).to(torch.bfloat16)
 
 

@@ -40,7 +40,8 @@ class ElraC2Min(Elra):
         bounds: (lowest, highest) rate.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
+        stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
+            below their resolution move them in the mean.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -61,7 +62,7 @@ class ElraC2Min(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
@@ -99,7 +100,8 @@ class ElraP2Min(Elra):
         bounds: (lowest, highest) rate.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
+        stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
+            below their resolution move them in the mean.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -120,7 +122,7 @@ class ElraP2Min(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
@@ -156,7 +158,8 @@ class ElraAdamW(Elra):
         bounds: (lowest, highest) rate.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
-        stochastic_rounding: round weights in bfloat16 up or down by chance, so that small steps move them in the mean.
+        stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
+            below their resolution move them in the mean.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -176,7 +179,7 @@ class ElraAdamW(Elra):
         bounds: tuple[float, float] = (1e-8, 1e6),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:

@@ -18,14 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..directions import Adam, Counts, Direction, Momentum, Move
-from ..pieces import PLAIN_TENSORS, Bucket
+from ..pieces import MIX, PLAIN_TENSORS, SALT, SEED, SPREAD, Bucket
 
 CHUNK = 2**14
 BLOCK = 2**10
 PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
 # What a bucket's row of numbers holds, in the order of the kernels; see `Numbers` and `Move`.
-NUMBERS = ("fresh", "first", "rate", "share", "taken", "back", "decay", "beta1", "beta2", "eps", "sign")
+NUMBERS = ("fresh", "first", "rate", "share", "taken", "back", "decay", "beta1", "beta2", "eps", "sign", "step")
 WIDTH = tl.constexpr(len(NUMBERS))
+SPREADS = tl.constexpr((SPREAD, SEED, SALT, *MIX))
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -114,25 +115,39 @@ def _total(sums, bounds, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, i, seed, salt: tl.constexpr, dtype: tl.constexpr, chance: tl.constexpr):
+    """In the dtype of the weights, up or down by chance; see `pieces.rounded`."""
+    if chance:
+        h = i * SPREADS[0] + (seed * SPREADS[1] + salt * SPREADS[2])
+        h = (h ^ ((h >> 16) & 0xFFFF)) * SPREADS[3]
+        h = (h ^ ((h >> 13) & 0x7FFFF)) * SPREADS[4]
+        up = (x.to(tl.int32, bitcast=True) + ((h ^ (h >> 16)) & 0xFFFF)) & -65536
+        up = up.to(tl.float32, bitcast=True)
+        x = tl.where((tl.abs(x) < float("inf")) & (tl.abs(up) < float("inf")), up, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def _update(
     table, chunks, tensors, numbers,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0."""
     row = chunks + 5 * tl.program_id(0)
     k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
     mine = numbers + WIDTH * tl.load(row + 3)
     if _is_wide(table, tensors, k, n):
-        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, True, BLOCK)
+        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, True, BLOCK)
     else:
-        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, False, BLOCK)
+        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, False, BLOCK)
 
 
 @triton.jit
 def _update_chunk(
     table, tensors, k, start, n, mine,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr,
-    BLOCK: tl.constexpr,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
+    wide: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if wide:
         n = n // 16 * 16  # which the compiler understands
@@ -144,10 +159,11 @@ def _update_chunk(
     taken, back, decay = tl.load(mine + 4), tl.load(mine + 5), tl.load(mine + 6)
     fresh, first = tl.load(mine) * taken, tl.load(mine + 1) * taken
     rate, share = tl.load(mine + 2), tl.load(mine + 3) * taken
+    seed = tl.load(mine + 11).to(tl.int32)
     beta1, beta2, eps, sign = tl.load(mine + 7), tl.load(mine + 8), tl.load(mine + 9), tl.load(mine + 10)
     for begin in range(0, n, BLOCK):
         i = begin + tl.arange(0, BLOCK)
-        inside = i < n
+        inside, at = i < n, (start + i).to(tl.int32)
         g = tl.where(taken > 0, sign * tl.load(g_at + i, inside, 0.0).to(tl.float32), 0.0)
         p = tl.load(p_at + i, inside, 0.0).to(tl.float32)
         way = tl.load(way_at + i, inside, 0.0).to(tl.float32)
@@ -160,23 +176,23 @@ def _update_chunk(
             v = tl.load(v_at + i, inside, 0.0)
             v = v * (1.0 - fresh) + fresh * g * g
             lost += rate * m / (tl.sqrt(v) + eps)
-            tl.store(m_at + i, m.to(dtype), inside)
+            tl.store(m_at + i, _rounded(m, at, seed, 2, dtype, chance), inside)
             tl.store(v_at + i, v, inside)
         elif momentum:
             m = tl.load(m_at + i, inside, 0.0).to(tl.float32)
             m += first * (g - m)
             lost += rate * (beta2 * m + (1.0 - beta2) * g)
             m += (1.0 - beta1) * taken * (g - m)
-            tl.store(m_at + i, m.to(dtype), inside)
+            tl.store(m_at + i, _rounded(m, at, seed, 2, dtype, chance), inside)
         else:
             lost += rate * g
-        tl.store(p_at + i, (p - lost).to(dtype), inside)
-        tl.store(way_at + i, ((way + lost) * (1.0 - share)).to(dtype), inside)
+        tl.store(p_at + i, _rounded(p - lost, at, seed, 0, dtype, chance), inside)
+        tl.store(way_at + i, _rounded((way + lost) * (1.0 - share), at, seed, 1, dtype, chance), inside)
 
 
 def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether the kernels can work on the parameter ``p`` with this state."""
-    if type(direction) not in (Adam, Momentum) or torch.compiler.is_compiling() or group["stochastic_rounding"]:
+    if type(direction) not in (Adam, Momentum) or torch.compiler.is_compiling():
         return False
     dtypes = {"variance": torch.float32}
     return p.dtype in TYPES and all(
@@ -189,7 +205,7 @@ def numbers(direction: Direction, bucket: Bucket, counts: Counts, move: Move, li
     """What the kernels multiply with in one bucket, shape (len(`NUMBERS`),), in dtype and device of ``like``."""
     c = direction.numbers(bucket.group, counts, move.rate)
     decay, sign = 0.0 if move.decay is None else move.decay, -1.0 if bucket.group["maximize"] else 1.0
-    values = (c.fresh, c.first, c.rate, c.share, move.taken, move.back, decay, c.beta1, c.beta2, c.eps, sign)
+    values = (c.fresh, c.first, c.rate, c.share, move.taken, move.back, decay, c.beta1, c.beta2, c.eps, sign, counts["step"])
     return torch.stack([v.to(like) if isinstance(v, Tensor) else like.new_full((), v) for v in values])
 
 
@@ -200,7 +216,8 @@ def measure(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) ->
     rows = numbers.new_empty(len(buckets), len(PRODUCTS))
     for sheet in sheets:
         arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers, sums)
-        _measure[(len(sheet.chunks),)](*arguments, **sheet.options)
+        options = {name: value for name, value in sheet.options.items() if name != "chance"}
+        _measure[(len(sheet.chunks),)](*arguments, **options)
     _total[(len(buckets),)](sums, bounds, rows, BLOCK=512)
     return rows
 
@@ -240,14 +257,15 @@ def _sheets(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet
             if len({g.dtype for g in grads}) > 1:
                 grads = [g.float() for g in grads]
             momentum = bucket.state.get("mean") or bucket.state.get("momentum")
-            kind = bucket.params[0].dtype, grads[0].dtype, momentum is not None
+            chance = bucket.group["stochastic_rounding"] and bucket.params[0].dtype == torch.bfloat16
+            kind = bucket.params[0].dtype, grads[0].dtype, momentum is not None, chance
             kinds.setdefault(kind, []).append((b, grads, momentum))
         sizes = tuple(
             tuple((b, tuple(p.numel() for p in buckets[b].params)) for b, *_ in members) for members in kinds.values()
         )
         chunks, bounds = _chunks(sizes, device)
         sheets = []
-        for (dtype, grad, with_momentum), members, rows in zip(kinds, kinds.values(), chunks, strict=True):
+        for (dtype, grad, with_momentum, chance), members, rows in zip(kinds, kinds.values(), chunks, strict=True):
             columns: list[list[int]] = [[], [], [], [], []]
             for b, grads, momentum in members:
                 state = buckets[b].state
@@ -259,6 +277,7 @@ def _sheets(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet
                 "momentum": with_momentum,
                 "dtype": TYPES[dtype],
                 "grad": TYPES[grad],
+                "chance": chance,
                 "BLOCK": BLOCK,
             }
             aligned = [int(all(address % 16 == 0 for address in addresses)) for addresses in zip(*columns, strict=True)]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from elra_hf.pieces import noise, rounded
+
 from .problems import VARIANTS, batch, flat, loss_of, net, same, snapshot, train
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -248,3 +250,61 @@ def test_groups_of_two_dtypes_resume_digit_for_digit(cls, first):
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for old, new in zip(optimizer.state_dict()["param_groups"], loaded.state_dict()["param_groups"], strict=True):
         assert old == new
+
+
+# ---- rounding in bfloat16 ----------------------------------------------------------------------------------------------------
+
+
+def small_steps(cls, steps, **options):
+    """Steps of 1e-4 down from weights of 1, which are 0.0078 from what bfloat16 knows next."""
+    x = torch.ones(20_000, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = cls([x], bounds=(1e-4, 1.0001e-4), **options)
+    for _ in range(steps):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+    return x, optimizer
+
+
+@every
+def test_steps_below_the_resolution_move_bfloat16_in_the_mean(cls):
+    x, optimizer = small_steps(cls, 30)
+    moved = 1.0 - x.detach().double().mean().item()
+    assert moved == pytest.approx(30e-4, rel=0.05)
+    way = optimizer.state[x]["way"].double().mean().item()  # from the last of 31 points to their mean
+    assert way == pytest.approx(15e-4, rel=0.05)
+    assert torch.equal(small_steps(cls, 30, stochastic_rounding=False)[0], torch.ones_like(x))
+
+
+@every
+def test_the_chance_is_the_same_in_every_run_and_after_loading(cls):
+    x, optimizer = small_steps(cls, 10)
+    y, other = small_steps(cls, 5)
+    assert torch.equal(x, small_steps(cls, 10)[0])
+    z = y.detach().clone().requires_grad_()
+    loaded = cls([z], bounds=(1e-4, 1.0001e-4))
+    loaded.load_state_dict(copy.deepcopy(other.state_dict()))
+    for _ in range(5):
+        z.grad = torch.ones_like(z)
+        loaded.step()
+    assert torch.equal(x, z)
+    assert all(torch.equal(optimizer.state[x][name], loaded.state[z][name]) for name in optimizer.state[x])
+
+
+def test_noise_is_even_and_without_a_pattern():
+    draws = torch.stack([noise(4096, torch.tensor(float(step)), salt) for step in range(40) for salt in range(3)]).double()
+    assert draws.min() >= 0
+    assert draws.max() < 2**16
+    scaled = (draws + 0.5) / 2**16 - 0.5
+    size = (1 / 12) ** 0.5
+    assert abs(scaled.mean()) < 5 * size / scaled.numel() ** 0.5
+    assert scaled.std().item() == pytest.approx(size, rel=0.01)
+    for other in (scaled.roll(1, 1), scaled.roll(1, 0), scaled.roll(3, 0)):  # the next entry, salt and step
+        assert abs((scaled * other).mean()) < 5 * size**2 / scaled.numel() ** 0.5
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max, 0.0, -0.0])
+    found = rounded(x, torch.tensor(3.0), 0)
+    assert torch.equal(found[:2], x[:2].bfloat16())
+    assert found[2].isnan()
+    assert found[3:].tolist() == [x[3].bfloat16().item() if x[3].bfloat16().isfinite() else torch.inf, 0.0, 0.0]

@@ -26,13 +26,13 @@ TRITON = pytest.param(
 )
 
 
-def bucket(direction, kind, dtype=torch.float32, maximize=False, seed=0):
+def bucket(direction, kind, dtype=torch.float32, maximize=False, seed=0, shapes=SIZES):
     generator = torch.Generator().manual_seed(seed)
     group = {**direction.defaults(), "maximize": maximize, "stochastic_rounding": False}
     counts = {name: torch.zeros(()) for name in direction.counters}
     state = {name: [] for name in direction.dtypes(torch.zeros(1, dtype=dtype), group)}
     made = Bucket(0, 0, group, counts, (), False, False, False, kind, state)
-    for shape in SIZES:
+    for shape in shapes:
         p, g = torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator).to(dtype)
         kept = {name: 0.1 * torch.randn(shape, generator=generator) for name in state}
         dtypes = direction.dtypes(p, group)
@@ -163,3 +163,21 @@ def test_a_layout_that_changes_in_place_is_seen(monkeypatch):
     ours = run()
     monkeypatch.setattr(kernels, "choose", lambda *_: "plain")
     torch.testing.assert_close(ours, run(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TRITON])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_rounds_by_the_same_chance(name, kind):
+    """Weights and states in bfloat16: nearly all entries the same bits, since a sum may be rounded otherwise beforehand."""
+    direction, found = DIRECTIONS[name], []
+    values = {"rate": 0.001, "decay": 0.003, "taken": 1.0, "back": 0.0, "kept": 1.0, "last": 0.02}
+    counts = {"step": 7.0, "weight": 0.07}
+    for chosen in (kind, "plain"):
+        made = bucket(direction, chosen, torch.bfloat16, shapes=[(300, 70)])
+        made.group["stochastic_rounding"] = True
+        made.counts.update(step=torch.tensor(7.0))
+        kernels.update(direction, made, numbers(chosen, **counts), Move(**numbers(chosen, **values)))
+        found.append([made.params[0], *(made.state[key][0] for key in made.state)])
+    for mine, truth in zip(*found, strict=True):
+        if mine.dtype == torch.bfloat16:
+            assert (mine == truth).double().mean() > 0.999
