@@ -34,6 +34,39 @@ def test_text_classification():
         assert (accuracy, f1) == (spread(runs, "test_accuracy"), spread(runs, "test_macro_f1"))
 
 
+def test_language_modeling():
+    rows = read(ROOT / "model_cards/language_modeling/results.csv")
+    shown = [
+        cells for cells in table_rows(EVIDENCE, "elra_adamw|adamw_torch") if len(cells) == 4 and float(cells[3].split()[0]) > 1
+    ]
+    assert len(shown) == 6
+    means = {}
+    for optim, rate, *figures in shown:
+        runs = [row for row in rows if (row["optim"], row["learning_rate"]) == (optim, "" if rate == "none given" else rate)]
+        assert len(runs) == 3
+        assert figures == [spread(runs, "test_loss"), spread(runs, "test_perplexity")]
+        means[optim, rate] = [mean(float(row[name]) for row in runs) for name in ("test_loss", "test_perplexity")]
+    ours = means.pop(("elra_adamw", "none given"))
+    best = min(means, key=lambda key: means[key])
+    assert best == ("adamw_torch", "1e-2")
+    loss, perplexity = (f"{mine / theirs:.3f}" for mine, theirs in zip(ours, means[best], strict=True))
+    assert f"ends at {loss} of the best AdamW's loss, which is {perplexity} of its perplexity" in PROSE
+    recipes = (ROOT / "docs/recipes.md").read_text().replace("\n", " ")
+    assert f"ends at {loss} of the loss of AdamW with the best of five rates ({perplexity} of its perplexity)" in recipes
+
+
+def test_the_card_of_language_modeling_is_that_of_a_row():
+    [row] = [
+        row
+        for row in read(ROOT / "model_cards/language_modeling/results.csv")
+        if row["optim"] == "elra_adamw" and row["seed"] == "0"
+    ]
+    card = (ROOT / "model_cards/language_modeling/README.md").read_text()
+    for name in ("loss", "perplexity"):
+        assert f"| {name} (test) | {float(row[f'test_{name}']):.4f} |" in card
+    assert "\n  found_rate: " in card
+
+
 def test_image_classification():
     rows = read(ROOT / "model_cards/image_classification/results.csv")
     card = (ROOT / "model_cards/image_classification/README.md").read_text()
