@@ -7,7 +7,8 @@ from statistics import mean, stdev
 
 import pytest
 
-from recipes.benchmarks import report, untuned
+from recipes.benchmarks import finder, report, untuned
+from recipes.benchmarks.run import key
 from recipes.sweep import read, spread
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +124,19 @@ def test_tasks_that_the_rule_was_not_made_on():
     best = min(untuned, key=lambda name: float(lines[name][1].split()[0]))
     assert best == "schedule-free"
     assert f"schedule-free AdamW, at {lines[best][1]}" in PROSE
+
+
+def test_the_rate_found():
+    done = {key(row): row for row in read(RESULTS / "finder.csv")}
+    said = finder.report(finder.CHOSEN, done, Path())
+    assert (RESULTS / "finder.md").read_text().endswith(said)
+    *tasks, average, worst = table_rows(said, "[a-z].+")[1:]
+    shown = table_rows(section("The rate found, given to AdamW"), "[a-z*].+")[1:]
+    assert shown[:-1] == [[*cells[:3], *cells[4:]] for cells in tasks]
+    assert shown[-1][3:] == average[4:]
+    assert len(tasks) == 10
+    [name] = [cells[0] for cells in tasks if cells[4] == worst[4]]
+    page = (ROOT / "docs/find-a-rate.md").read_text().replace("\n", " ")
+    assert f"ends at {average[4]} of its loss" in page
+    assert f"the worst is {worst[4]}, {name})" in page
+    assert f"5e-5, it ends at {average[5]}." in page

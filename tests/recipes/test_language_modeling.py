@@ -13,6 +13,7 @@ from recipes.cli import parse, run
 from recipes.language_modeling.data import cut, pack
 from recipes.language_modeling.model import ModelArguments, load_model, load_tokenizer, lora_plus
 from recipes.language_modeling.train import CONFIG, TYPES, fenced, main
+from recipes.sweep import trained
 from tests.recipes.conftest import ROOT, run_recipe, sentences
 
 SMALL = ("--layers", "1", "--width", "32", "--vocab_size", "300", "--block_size", "16", "--max_steps", "6")
@@ -177,3 +178,10 @@ def test_wrong_input_ends_with_one_line_and_status_2(options, message, base, tex
 
 def test_the_readme_is_short():
     assert len((ROOT / "recipes/language_modeling/README.md").read_text().splitlines()) <= 60
+
+
+def test_a_sweep_keeps_what_a_run_measured(text):
+    run = {"optim": "elra_adamw", "learning_rate": "", "seed": "1"}
+    measured = trained("recipes.language_modeling.train", run, ("--train_file", text, *SMALL, *QUIET), ("test_loss",))
+    assert list(measured) == ["test_loss"]
+    assert 0 < float(measured["test_loss"]) < math.log(300)
