@@ -1,4 +1,4 @@
-"""How many steps `elra_adamw` needs: the same adapters as in `sweep`, trained for 20 to 200 steps, next to AdamW at four rates.
+"""How many steps `elra_adamw` needs: the same adapters as in `sweep`, trained for 20 to 100 steps, next to AdamW at three rates.
 
 One seed, linear schedule. Every run is one row of ``model_cards/language_modeling/steps.csv``; rows that are there are kept.
 """
@@ -13,8 +13,8 @@ from recipes.language_modeling.sweep import ADAPT, METRICS, RECIPE, make_base
 from recipes.sweep import Row, complete, table, trained
 
 RESULTS = Path("model_cards/language_modeling/steps.csv")
-STEPS = ("20", "30", "50", "100", "200")
-RATES = {"elra_adamw": ("",), "adamw_torch": ("5e-5", "1e-4", "1e-3", "1e-2")}
+STEPS = ("20", "30", "50", "100")
+RATES = {"elra_adamw": ("",), "adamw_torch": ("5e-5", "1e-3", "1e-2")}
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
