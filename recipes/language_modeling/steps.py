@@ -13,7 +13,7 @@ from recipes.language_modeling.sweep import ADAPT, METRICS, RECIPE, make_base
 from recipes.sweep import Row, complete, table, trained
 
 RESULTS = Path("model_cards/language_modeling/steps.csv")
-STEPS = ("20", "30", "50", "100")
+STEPS = ("20", "50", "100")
 RATES = {"elra_adamw": ("",), "adamw_torch": ("5e-5", "1e-3", "1e-2")}
 
 if __name__ == "__main__":
