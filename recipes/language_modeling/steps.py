@@ -1,4 +1,4 @@
-"""How many steps `elra_adamw` needs: the same adapters as in `sweep`, trained for 20 to 100 steps, next to AdamW at three rates.
+"""How many steps `elra_adamw` needs: the adapters of `sweep`, trained for 20 to 100 steps, next to AdamW at three rates.
 
 One seed, linear schedule. Every run is one row of ``model_cards/language_modeling/steps.csv``; rows that are there are kept.
 """
