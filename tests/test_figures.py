@@ -61,6 +61,18 @@ def test_language_modeling():
     assert f"ends at {loss} of the loss of AdamW with the best of five rates ({perplexity} of its perplexity)" in recipes
 
 
+def test_how_many_steps_it_needs():
+    folder = ROOT / "model_cards/language_modeling"
+    rows = [*read(folder / "steps.csv"), *(row | {"max_steps": "200"} for row in read(folder / "results.csv"))]
+    measured = {(row["max_steps"], row["learning_rate"]): float(row["test_loss"]) for row in rows if row["seed"] == "0"}
+    page = (ROOT / "docs/choose.md").read_text().split("## How many steps it needs")[1]
+    shown = table_rows(page, r"\d+")
+    assert len(shown) == 4
+    for steps, *losses in shown:
+        expected = [measured.get((steps, rate)) for rate in ("", "5e-5", "1e-3", "1e-2")]
+        assert losses == ["–" if loss is None else f"{loss:.3f}" for loss in expected]
+
+
 def test_the_card_of_language_modeling_is_that_of_a_row():
     [row] = [
         row
