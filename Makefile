@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
 
-# a small language model from scratch, about 5 minutes
+# a small language model from scratch, 5 to 7 minutes
 demo-lm: $(VENV)/.installed
 	$(BIN)/python -m recipes.language_modeling.train $(ARGS)
 
@@ -44,7 +44,7 @@ test-transformers4: .venv-tf4/.installed
 test-deepspeed: .venv-ds/.installed
 	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
 
-# other people's trainers, in an environment of their own: trl, sentence-transformers, setfit, and the doors of litgpt and llm-foundry
+# other people's trainers, in an environment of their own: trl, sentence-transformers, setfit, timm, and the doors of others
 test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest tests/trainers $(ARGS)
 
@@ -88,5 +88,9 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 .venv-trainers/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-trainers
 	.venv-trainers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]" \
-		peft pytest pytest-rerunfailures pytest-timeout trl==1.16.0 sentence-transformers==6.2.0 setfit==1.2.0
+		peft pytest pytest-rerunfailures pytest-timeout trl==1.16.0 sentence-transformers==6.2.0 setfit==1.2.0 addict tyro
+	# of these only what takes an optimizer is imported; all of what they name would not install on a CPU
+	.venv-trainers/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 torchtitan==0.3.0 spmd_types==0.2.3
+	# timm aside, since its torchvision is built for CUDA, and transformers would import it
+	.venv-trainers/bin/python -m pip install --quiet --no-deps --target .venv-trainers/timm timm==1.0.31 torchvision==0.28.0 pillow
 	touch $@

@@ -55,12 +55,7 @@ def trainer_sweep(
     args = parser.parse_args()
 
     def measure(run: Row) -> Row:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", recipe, *options, "--optim", run["optim"], "--seed", run["seed"]]
-            command += ["--learning_rate", run["learning_rate"]] if run["learning_rate"] else []
-            subprocess.run([*command, "--output_dir", folder], check=True)
-            measured = json.loads((Path(folder) / "all_results.json").read_text())
-        return {name: f"{measured[name]:.4f}" for name in metrics}
+        return trained(recipe, run, options, metrics)
 
     pairs = [*((optim, "") for optim in elra), *(("adamw_torch", rate) for rate in rates)]
     runs = [
@@ -70,6 +65,15 @@ def trainer_sweep(
         if optim in args.optim
     ]
     show(table(complete(args.results, runs, measure), ["optim", "learning_rate"], metrics))
+
+
+def trained(recipe: str, run: Row, options: Sequence[str], metrics: Sequence[str]) -> Row:
+    """Train with ``options`` and those that ``run`` names, in a process of its own, and return the metrics."""
+    given = [word for name, value in run.items() if value for word in (f"--{name}", value)]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", recipe, *options, *given, "--output_dir", folder], check=True)
+        measured = json.loads((Path(folder) / "all_results.json").read_text())
+    return {name: f"{measured[name]:.4f}" for name in metrics}
 
 
 def read(path: Path) -> list[Row]:

@@ -7,7 +7,8 @@ from statistics import mean, stdev
 
 import pytest
 
-from recipes.benchmarks import report, untuned
+from recipes.benchmarks import finder, report, untuned
+from recipes.benchmarks.run import key
 from recipes.sweep import read, spread
 
 ROOT = Path(__file__).parents[1]
@@ -23,15 +24,65 @@ def table_rows(text: str, pattern: str) -> list[list[str]]:
     return [cells for cells in lines if re.fullmatch(pattern, cells[0])]
 
 
+def section(title: str) -> str:
+    """A part of the evidence."""
+    return EVIDENCE.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
 def test_text_classification():
     rows = read(ROOT / "model_cards/text_classification/results.csv")
-    shown = [cells for cells in table_rows(EVIDENCE, "elra_[a-z0-9]+|adamw_torch") if "±" in cells[2]]
+    shown = table_rows(section("A pretrained transformer"), "elra_[a-z0-9]+|adamw_torch")
     assert len(shown) == 5
     for optim, rate, accuracy, f1 in shown:
         chosen = "" if rate == "none given" else rate.split(",")[0]
         runs = [row for row in rows if (row["optim"], row["learning_rate"]) == (optim, chosen)]
         assert len(runs) == 3
         assert (accuracy, f1) == (spread(runs, "test_accuracy"), spread(runs, "test_macro_f1"))
+
+
+def test_language_modeling():
+    rows = read(ROOT / "model_cards/language_modeling/results.csv")
+    shown = [
+        cells for cells in table_rows(EVIDENCE, "elra_adamw|adamw_torch") if len(cells) == 4 and float(cells[3].split()[0]) > 1
+    ]
+    assert len(shown) == 6
+    means = {}
+    for optim, rate, *figures in shown:
+        runs = [row for row in rows if (row["optim"], row["learning_rate"]) == (optim, "" if rate == "none given" else rate)]
+        assert len(runs) == 3
+        assert figures == [spread(runs, "test_loss"), spread(runs, "test_perplexity")]
+        means[optim, rate] = [mean(float(row[name]) for row in runs) for name in ("test_loss", "test_perplexity")]
+    ours = means.pop(("elra_adamw", "none given"))
+    best = min(means, key=lambda key: means[key])
+    assert best == ("adamw_torch", "1e-2")
+    loss, perplexity = (f"{mine / theirs:.3f}" for mine, theirs in zip(ours, means[best], strict=True))
+    assert f"ends at {loss} of the best AdamW's loss, which is {perplexity} of its perplexity" in PROSE
+    recipes = (ROOT / "docs/recipes.md").read_text().replace("\n", " ")
+    assert f"ends at {loss} of the loss of AdamW with the best of five rates ({perplexity} of its perplexity)" in recipes
+
+
+def test_how_many_steps_it_needs():
+    folder = ROOT / "model_cards/language_modeling"
+    rows = [*read(folder / "steps.csv"), *(row | {"max_steps": "200"} for row in read(folder / "results.csv"))]
+    measured = {(row["max_steps"], row["learning_rate"]): float(row["test_loss"]) for row in rows if row["seed"] == "0"}
+    page = (ROOT / "docs/choose.md").read_text().split("## How many steps it needs")[1]
+    shown = table_rows(page, r"\d+")
+    assert len(shown) == 4
+    for steps, *losses in shown:
+        expected = [measured.get((steps, rate)) for rate in ("", "5e-5", "1e-3", "1e-2")]
+        assert losses == ["–" if loss is None else f"{loss:.3f}" for loss in expected]
+
+
+def test_the_card_of_language_modeling_is_that_of_a_row():
+    [row] = [
+        row
+        for row in read(ROOT / "model_cards/language_modeling/results.csv")
+        if row["optim"] == "elra_adamw" and row["seed"] == "0"
+    ]
+    card = (ROOT / "model_cards/language_modeling/README.md").read_text()
+    for name in ("loss", "perplexity"):
+        assert f"| {name} (test) | {float(row[f'test_{name}']):.4f} |" in card
+    assert "\n  found_rate: " in card
 
 
 def test_image_classification():
@@ -85,3 +136,19 @@ def test_tasks_that_the_rule_was_not_made_on():
     best = min(untuned, key=lambda name: float(lines[name][1].split()[0]))
     assert best == "schedule-free"
     assert f"schedule-free AdamW, at {lines[best][1]}" in PROSE
+
+
+def test_the_rate_found():
+    done = {key(row): row for row in read(RESULTS / "finder.csv")}
+    said = finder.report(finder.CHOSEN, done, Path())
+    assert (RESULTS / "finder.md").read_text().endswith(said)
+    *tasks, average, worst = table_rows(said, "[a-z].+")[1:]
+    shown = table_rows(section("The rate found, given to AdamW"), "[a-z*].+")[1:]
+    assert shown[:-1] == [[*cells[:3], *cells[4:]] for cells in tasks]
+    assert shown[-1][3:] == average[4:]
+    assert len(tasks) == 10
+    [name] = [cells[0] for cells in tasks if cells[4] == worst[4]]
+    page = (ROOT / "docs/find-a-rate.md").read_text().replace("\n", " ")
+    assert f"ends at {average[4]} of its loss" in page
+    assert f"the worst is {worst[4]}, {name})" in page
+    assert f"5e-5, it ends at {average[5]}." in page

@@ -1,6 +1,7 @@
 """Is the rate that ElraAdamW finds in a short search good for AdamW? Against the best of a sweep, and against 5e-5.
 
-One search a task, as `RateFinder` does: at a constant rate, with the seed that the sweep is tuned with; the other seeds report.
+One search a task, as `RateFinder` does: at a constant rate, with the seed that the sweep was tuned with. Then AdamW at that
+rate and at 5e-5, with the other seeds, all steps of the task and a linear schedule. The sweeps are rows of other studies.
 Rows first, then FILE.md from the rows. The same command continues after a stop of any kind.
 """
 
@@ -17,29 +18,21 @@ from .cells import geometric_mean, markdown, mean, ratio
 from .optimizers import OPTIMIZERS
 from .paper import attempt, command, own_rate
 from .report import losses
-from .run import TUNING_SEED, Done, Run, best_of_sweep, compare, number, text, train, versions
+from .run import RESULTS, TUNING_SEED, Done, Run, best_of_sweep, load, text, train, versions
 from .tasks import TASKS
 
 RIVAL, SEARCHER, SEARCH = "adamw", "elra_adamw", "search"  # the last takes the place of a schedule
+# they hold AdamW at all rates of its sweep, and at the best of them with the seeds that report
+SWEEPS = [RESULTS / "quick.csv", RESULTS / "language.csv"]
 CHOSEN = (
-    "digits-mlp", "digits-cnn", "mnist-mlp", "mnist-cnn", "mnist-autoencoder", "python-2x64", "bert-questions", "gpt-small",
-    "gpt-small-lora",
+    "digits-mlp", "digits-cnn", "mnist-mlp", "mnist-cnn", "minilm-probe", "bert-questions", "python-2x64", "gpt-lora-r8",
+    "gpt-tune", "gpt-scratch",
 )  # fmt: skip
 STEPS = 200  # of a search, or all that the task has
+SCHEDULE = "linear"
 SEEDS = range(TUNING_SEED + 1, TUNING_SEED + 4)
 DEFAULT = 5e-5  # of the Trainer
-COLUMNS = [
-    *Run._fields,
-    "status",
-    "error",
-    "seconds",
-    "versions",
-    "found",
-    "train_loss",
-    "validation_loss",
-    "test_loss",
-    "reached",
-]
+COLUMNS = [*Run._fields, "status", "error", "seconds", "versions", "found", "train_loss", "validation_loss", "test_loss"]
 
 
 def search_of(task: str) -> Run:
@@ -47,9 +40,9 @@ def search_of(task: str) -> Run:
     return Run(task, SEARCHER, SEARCH, f"{own_rate(SEARCHER):.3g}", TUNING_SEED, min(STEPS, TASKS[task].steps))
 
 
-def at(task: str, schedule: str, rate: float) -> list[Run]:
+def at(task: str, rate: float) -> list[Run]:
     """AdamW at a rate, with the seeds that report."""
-    return [Run(task, RIVAL, schedule, f"{rate:.3g}", seed, TASKS[task].steps) for seed in SEEDS]
+    return [Run(task, RIVAL, SCHEDULE, f"{rate:.3g}", seed, TASKS[task].steps) for seed in SEEDS]
 
 
 def wanted(chosen: Sequence[str], done: Done) -> list[Run]:
@@ -57,9 +50,8 @@ def wanted(chosen: Sequence[str], done: Done) -> list[Run]:
     runs: list[Run] = []
     for task in chosen:
         search = search_of(task)
-        runs += [search, *compare(task, RIVAL, SEEDS, TASKS[task].steps, done)[0]]
-        rates = [DEFAULT, *([float(done[search]["found"])] if search in done else [])]
-        runs += [run for schedule in OPTIMIZERS[RIVAL].schedules for rate in rates for run in at(task, schedule, rate)]
+        rates = [float(done[search]["found"]), DEFAULT] if search in done else []
+        runs += [search, *(run for rate in rates for run in at(task, rate))]
     return [run for run in dict.fromkeys(runs) if run not in done]
 
 
@@ -83,20 +75,17 @@ def measure(run: Run) -> Row:
 
 def report(chosen: Sequence[str], done: Done, _: Path) -> str:
     """Losses over those of AdamW at the best rate and schedule of its sweep."""
-    schedules = OPTIMIZERS[RIVAL].schedules
-    columns: dict[str, list[float]] = {
-        f"{name}, {schedule}": [] for name in ("found", f"{DEFAULT:g}") for schedule in schedules
-    }
+    swept: Done = {}
+    for path in SWEEPS:
+        swept |= load(path)
+    columns: dict[str, list[float]] = {"at the rate found": [], f"at {DEFAULT:g}": []}
     rows = []
     for task in chosen:
-        best = best_of_sweep({r: row for r, row in done.items() if r.schedule != SEARCH}, task, RIVAL, TASKS[task].steps)
+        best = best_of_sweep(swept, task, RIVAL, TASKS[task].steps)
         assert best is not None
-        base = mean(losses([done[best._replace(seed=seed)] for seed in SEEDS]))
+        base = mean(losses([swept[best._replace(seed=seed)] for seed in SEEDS]))
         found = float(done[search_of(task)]["found"])
-        cells = []
-        for rate in (found, DEFAULT):
-            for schedule in schedules:
-                cells.append(mean([number(done[run]["test_loss"]) for run in at(task, schedule, rate)]) / base)
+        cells = [mean(losses([done[run] for run in at(task, rate)])) / base for rate in (found, DEFAULT)]
         for column, value in zip(columns.values(), cells, strict=True):
             column.append(value)
         rows.append(
@@ -105,9 +94,9 @@ def report(chosen: Sequence[str], done: Done, _: Path) -> str:
     rows.append(["geometric mean", "", "", "", *(ratio(geometric_mean(values)) for values in columns.values())])
     rows.append(["worst", "", "", "", *(ratio(max(values)) for values in columns.values())])
     return (
-        f"Test loss of AdamW at the rate found in {STEPS} steps, or all of the task, and at {DEFAULT:g}, over its "
-        f"loss at the best rate and schedule of a sweep by half decades; means over {len(SEEDS)} seeds.\n\n"
-        f"{markdown(['task', 'best of sweep', 'found', 'found / best', *columns], rows)}"
+        f"Test loss of AdamW with a {SCHEDULE} schedule at the rate that `elra_adamw` found in {STEPS} steps, or in all "
+        f"that the task has, and at {DEFAULT:g}, over its loss at the best rate and schedule of a sweep by half decades; "
+        f"means over {len(SEEDS)} seeds.\n\n{markdown(['task', 'best of sweep', 'found', 'found / best', *columns], rows)}"
     )
 
 

@@ -18,10 +18,18 @@ BASE = Path("outputs/language_modeling/sweep_base")
 RESULTS = Path("model_cards/language_modeling/results.csv")
 ADAMW_RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 METRICS = ("test_perplexity", "test_loss", "train_loss", "train_runtime")
-ADAPT = ("--use_peft", "--model_name_or_path", str(BASE), "--per_device_train_batch_size", "8", "--max_steps", "200")
+ADAPT = (
+    "--use_peft", "--model_name_or_path", str(BASE), "--per_device_train_batch_size", "8", "--eval_strategy", "no",
+)  # fmt: skip
 
-if __name__ == "__main__":
+
+def make_base() -> None:
+    """Train the model that is adapted, where it is not there yet."""
     if not (BASE / "model.safetensors").exists():
         base = ("--optim", "adamw_torch", "--learning_rate", "3e-3", "--output_dir", str(BASE))
         subprocess.run([sys.executable, "-m", RECIPE, *base], check=True)
-    trainer_sweep(__doc__, RECIPE, RESULTS, ("elra_adamw",), ADAMW_RATES, METRICS, (*ADAPT, "--eval_strategy", "no"))
+
+
+if __name__ == "__main__":
+    make_base()
+    trainer_sweep(__doc__, RECIPE, RESULTS, ("elra_adamw",), ADAMW_RATES, METRICS, (*ADAPT, "--max_steps", "200"))
