@@ -118,6 +118,13 @@ def test_nothing_set_against_a_sweep(page):
         assert f"| {' | '.join(row)} |" in lines
 
 
+@pytest.mark.parametrize("optimizer", untuned.COMPARED)
+def test_nothing_set_against_what_it_builds_on(optimizer):
+    lines = EVIDENCE.splitlines()
+    for row in untuned.table(optimizer):
+        assert f"| {' | '.join(row)} |" in lines
+
+
 def test_regret():
     measured = regret("quick")
     shown = [cells for cells in table_rows(EVIDENCE, "[a-z].+") if len(cells) == 3 and cells[0] in measured]

@@ -1,6 +1,7 @@
-"""ElraAdamW with nothing set over AdamW at the best rate and schedule of its sweep, task by task, and a picture of it.
+"""Ours with nothing set over what they build on at the best rate and schedule of its sweep, task by task, and a picture.
 
-``python -m recipes.benchmarks.untuned`` prints the table and draws results/untuned.png, from language.csv and quick.csv there.
+``python -m recipes.benchmarks.untuned`` prints the tables, of ElraAdamW over AdamW and of ElraC2Min and ElraP2Min over SGD with
+momentum, and draws results/untuned.png, from language.csv, quick.csv and full.csv there.
 """
 
 from __future__ import annotations
@@ -23,33 +24,51 @@ TASKS = {
     "digits-mlp": "MLP on digits",
     "digits-cnn": "CNN on digits",
 }
+# where SGD with momentum was swept
+EUCLIDEAN = {
+    **{task: name for task, name in TASKS.items() if task.startswith(("mnist", "digits"))},
+    "mnist-autoencoder": "autoencoder of MNIST",
+    "bert-questions": "tiny BERT on questions, from scratch",
+    "python-2x64": "GPT of 2 layers, characters",
+}
+# ours, what it builds on, and the tasks
+COMPARED = {
+    "elra_adamw": ("adamw", TASKS),
+    "elra_c2min": ("sgd-momentum", EUCLIDEAN),
+    "elra_p2min": ("sgd-momentum", EUCLIDEAN),
+}
 SCHEDULES = ("linear", "constant")
 SEEDS = ("1", "2", "3")
 
 
-def quotients() -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and standard deviation over seeds of test loss over that of tuned AdamW, by task and schedule."""
+def quotients(optimizer: str = "elra_adamw") -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard deviation over seeds of test loss over that of the tuned rival, by task and schedule."""
+    rival, tasks = COMPARED[optimizer]
     losses: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    for name, optimizers in (("quick", {"adamw"}), ("language", {"adamw", "elra_adamw"})):
+    for name, optimizers in (("quick", {rival}), ("full", {rival}), ("language", {rival, optimizer})):
         with (RESULTS / f"{name}.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 if row["optimizer"] in optimizers and row["seed"] in SEEDS and row["status"] == "ok":
                     key = (row["task"], row["optimizer"], row["schedule"], row["rate"])
                     losses[key][row["seed"]] = float(row["test_loss"])
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    for task in TASKS:
+    for task in tasks:
         runs = {key[1:]: list(seeds.values()) for key, seeds in losses.items() if key[0] == task and len(seeds) == len(SEEDS)}
-        tuned = min(mean(values) for (optimizer, *_), values in runs.items() if optimizer == "adamw")
-        ours = {schedule: values for (optimizer, schedule, _), values in runs.items() if optimizer == "elra_adamw"}
+        tuned = min(mean(values) for (name, *_), values in runs.items() if name == rival)
+        ours = {schedule: values for (name, schedule, _), values in runs.items() if name == optimizer}
         found[task] = {s: (mean(ours[s]) / tuned, stdev(ours[s]) / tuned) for s in SCHEDULES}
     return found
 
 
-def table() -> list[tuple[str, str, str, str]]:
-    """The rows of the table: task, linear, constant, the better of the two; the last two are means and worsts."""
-    found = quotients()
+def table(optimizer: str = "elra_adamw") -> list[tuple[str, str, str, str]]:
+    """The rows of a table: task, linear, constant, the better of the two; the last two are means and worsts."""
+    found = quotients(optimizer)
     rows = [
-        (TASKS[task], *(f"{of[s][0]:.3f} ± {of[s][1]:.3f}" for s in SCHEDULES), f"{min(m for m, _ in of.values()):.3f}")
+        (
+            COMPARED[optimizer][1][task],
+            *(f"{of[s][0]:.3f} ± {of[s][1]:.3f}" for s in SCHEDULES),
+            f"{min(m for m, _ in of.values()):.3f}",
+        )
         for task, of in found.items()
     ]
     columns = [[of[s][0] for of in found.values()] for s in SCHEDULES]
@@ -78,5 +97,7 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     draw(RESULTS / "untuned.png")
-    for row in (("task", "linear", "constant", "better"), ("---",) * 4, *table()):
-        print("|", " | ".join(row), "|")
+    for optimizer, (rival, _) in COMPARED.items():
+        print(f"\n{optimizer} over tuned {rival}\n")
+        for row in (("task", "linear", "constant", "better"), ("---",) * 4, *table(optimizer)):
+            print("|", " | ".join(row), "|")
