@@ -118,6 +118,12 @@ def test_nothing_set_against_a_sweep(page):
         assert f"| {' | '.join(row)} |" in lines
 
 
+def test_others_with_nothing_set():
+    lines = EVIDENCE.splitlines()
+    for row in untuned.others():
+        assert f"| {' | '.join(row)} |" in lines
+
+
 @pytest.mark.parametrize("optimizer", untuned.COMPARED)
 def test_nothing_set_against_what_it_builds_on(optimizer):
     lines = EVIDENCE.splitlines()

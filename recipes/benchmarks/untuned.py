@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
@@ -37,27 +38,60 @@ COMPARED = {
     "elra_c2min": ("sgd-momentum", EUCLIDEAN),
     "elra_p2min": ("sgd-momentum", EUCLIDEAN),
 }
+# others that are used with nothing set, by (optimizer, schedule)
+OTHERS = {
+    ("elra_adamw", "linear"): "`elra_adamw`, linear",
+    ("elra_adamw", "constant"): "`elra_adamw`, constant",
+    ("schedule-free-warmup", "warmup-constant"): "schedule-free AdamW at 2.5e-3, 5 % warm-up",
+    ("prodigy-safeguard", "linear"): "Prodigy with `safeguard_warmup`, linear",
+    ("nadamw", "warmup-cosine"): "NadamW at AlgoPerf's point",
+    ("prodigy-safeguard", "constant"): "Prodigy with `safeguard_warmup`, constant",
+}
 SCHEDULES = ("linear", "constant")
 SEEDS = ("1", "2", "3")
+
+
+def losses(optimizers: Iterable[str]) -> dict[tuple[str, ...], list[float]]:
+    """Test losses of the reporting seeds, by task, optimizer, schedule and rate; ours are those of version 0.2."""
+    found: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for name in ("quick", "full", "language"):
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                old = name != "language" and row["optimizer"].startswith("elra_")
+                if row["optimizer"] in optimizers and row["seed"] in SEEDS and row["status"] == "ok" and not old:
+                    key = (row["task"], row["optimizer"], row["schedule"], row["rate"])
+                    found[key][row["seed"]] = float(row["test_loss"])
+    return {key: list(seeds.values()) for key, seeds in found.items()}
+
+
+def tuned(rows: dict[tuple[str, ...], list[float]], task: str, rival: str) -> float:
+    """Mean loss of the rival at the best rate and schedule of its sweep, which alone has all reporting seeds."""
+    return min(mean(v) for key, v in rows.items() if key[:2] == (task, rival) and len(v) == len(SEEDS))
 
 
 def quotients(optimizer: str = "elra_adamw") -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and standard deviation over seeds of test loss over that of the tuned rival, by task and schedule."""
     rival, tasks = COMPARED[optimizer]
-    losses: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    for name, optimizers in (("quick", {rival}), ("full", {rival}), ("language", {rival, optimizer})):
-        with (RESULTS / f"{name}.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["optimizer"] in optimizers and row["seed"] in SEEDS and row["status"] == "ok":
-                    key = (row["task"], row["optimizer"], row["schedule"], row["rate"])
-                    losses[key][row["seed"]] = float(row["test_loss"])
+    rows = losses({rival, optimizer})
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for task in tasks:
-        runs = {key[1:]: list(seeds.values()) for key, seeds in losses.items() if key[0] == task and len(seeds) == len(SEEDS)}
-        tuned = min(mean(values) for (name, *_), values in runs.items() if name == rival)
-        ours = {schedule: values for (name, schedule, _), values in runs.items() if name == optimizer}
-        found[task] = {s: (mean(ours[s]) / tuned, stdev(ours[s]) / tuned) for s in SCHEDULES}
+        base = tuned(rows, task, rival)
+        ours = {key[2]: v for key, v in rows.items() if key[:2] == (task, optimizer)}
+        found[task] = {s: (mean(ours[s]) / base, stdev(ours[s]) / base) for s in SCHEDULES}
     return found
+
+
+def others() -> list[tuple[str, str, str]]:
+    """The rows of a table: what is used with nothing set, geometric mean and worst of its losses over tuned AdamW's."""
+    rows, table = losses({"adamw", *(name for name, _ in OTHERS)}), []
+    for (name, schedule), shown in OTHERS.items():
+        found = {
+            task: min(mean(v) for key, v in rows.items() if key[:3] == (task, name, schedule)) / tuned(rows, task, "adamw")
+            for task in TASKS
+        }
+        worst = max(found, key=lambda task: found[task])
+        table.append((shown, f"{geometric_mean(found.values()):.3f}", f"{found[worst]:.3f} ({TASKS[worst]})"))
+    return table
 
 
 def table(optimizer: str = "elra_adamw") -> list[tuple[str, str, str, str]]:
@@ -101,3 +135,6 @@ if __name__ == "__main__":
         print(f"\n{optimizer} over tuned {rival}\n")
         for row in (("task", "linear", "constant", "better"), ("---",) * 4, *table(optimizer)):
             print("|", " | ".join(row), "|")
+    print("\nothers, with nothing set\n")
+    for line in (("optimizer", "geometric mean", "worst"), ("---",) * 3, *others()):
+        print("|", " | ".join(line), "|")
