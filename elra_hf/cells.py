@@ -86,7 +86,6 @@ class Cells(Gatherer):
             for group, row in zip(groups, table.unbind(), strict=True):
                 entries = dict(zip(self._names, row.unbind(), strict=True))
                 views.append({f"elra_{name}": view for name, view in entries.items()})
-                views[-1] |= {name: entries[name] for name in group["elra_shown"].split()}
                 group |= views[-1]
             self._views = tuple(views)
         return dict(zip(self._names, table.unbind(1), strict=True)), self._on_device(self._shares(), table)
@@ -167,10 +166,17 @@ class Cells(Gatherer):
         old[:, list(shared.values())] = new[:, list(shared.values())]
         return torch.stack([before if gone else after for gone, before, after in zip(absent, old, new, strict=True)])
 
+    def _show_all(self, table: Tensor) -> None:
+        """Publish what users read, in tensors that no later step writes to."""
+        for group, row in zip(self.param_groups, table.unbind(), strict=True):
+            entries = dict(zip(self._names, row.unbind(), strict=True))
+            group |= {name: entries[name] for name in group["elra_shown"].split()}
+
     def _publish(self, params: list[Tensor], verdict: Verdict, table: Tensor) -> None:
         """Write rates and memory to where users, checkpoints and the next step find them."""
         assert self._table is not None
         self._table.copy_(table)
+        self._show_all(table)
         if self.scope == "tensor":
             rows = torch.stack([verdict.alpha, *verdict.memory.values()], 1) if params else verdict.alpha
             for p, row in zip(params, rows.unbind(), strict=True):

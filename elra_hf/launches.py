@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Programs(NamedTuple):
     Attributes:
         before: what the kernels measure with, from the table and the counts.
         weigh: the parts of the sums, from the products of the buckets, the table and the shares.
-        decide: the next table, what the kernels update with and the next counts, from the sums, table, shares and counts.
+        decide: the next table twice, what the kernels update with and the next counts; from sums, table, shares and counts.
         counts: the slots of each bucket's counts among the distinct ones.
     """
 
@@ -46,7 +46,8 @@ class Launches(Judge):
     """Functions of a few numbers that the step consists of, and the step made of them in few launches."""
 
     check_sync: bool
-    _programs: tuple[Any, Programs | None] = (None, None)
+    # what the step before was like, and the programs for that: None before they are written, False where that failed
+    _programs: tuple[Any, Programs | Literal[False] | None] = (None, None)
 
     # ---- the functions ----------------------------------------------------------------------------------------------------
 
@@ -98,22 +99,13 @@ class Launches(Judge):
         key = (
             tuple(dict.fromkeys(ranks)),
             tuple((b.index, b.cell, b.idle, b.ranks, tuple(c.values())) for b, c in zip(buckets, counts, strict=True)),
-            tuple(
-                (
-                    self._absent(g),
-                    g["maximize"],
-                    g["stochastic_rounding"],
-                    g["weight_decay"],
-                    *(g[name] for name in self.direction.defaults()),
-                )
-                for g in self.param_groups
-            ),
+            [(self._absent(g), *(g.get(name) for name in self.defaults if name != "lr")) for g in self.param_groups],
         )
         if self._programs[0] != key:
             self._programs = key, None
         elif self._programs[1] is None:
-            self._programs = key, self._write(buckets, ranks, counts)
-        return self._programs[1]
+            self._programs = key, self._write(buckets, ranks, counts) or False
+        return self._programs[1] or None
 
     def _write(self, buckets: list[Bucket], ranks: list[Ranks], slots: tuple[dict[str, int], ...]) -> Programs | None:
         """Trace the functions, and try the programs on numbers of no meaning."""
@@ -150,7 +142,8 @@ class Launches(Judge):
                 move = self._move(bucket, verdict, shares, groups)
                 rows.append(triton.numbers(self.direction, bucket, own, move, table))
                 after |= {places[name]: value for name, value in self.direction.count(bucket.group, own, move).items()}
-            return self._written(verdict, groups, shares), torch.stack(rows), *after.values()
+            written = self._written(verdict, groups, shares)
+            return written, written, torch.stack(rows), *after.values()
 
         cells, columns = len(self._of_cells(like[:, 0])), len(needs) + 3 + len(SIZES)
         counts = [like.new_ones(()) for _ in {slot for own in slots for slot in own.values()}]
@@ -168,7 +161,7 @@ class Launches(Judge):
             )
             result.before([table, *counts], [numbers])
             result.weigh([rows, table, shares], parts)
-            result.decide([total, table, shares, *counts], [table, numbers, *counts])
+            result.decide([total, table, shares, *counts], [table, torch.ones_like(table), numbers, *counts])
         except Exception as error:  # whatever the compiler has to say, the long way is open
             log.debug("elra_hf: the decision takes many launches: %s", error)
             return None
@@ -189,5 +182,7 @@ class Launches(Judge):
         parts = {of: table.new_empty(cells, len(self._needs) + 3 + len(SIZES)) for of in dict.fromkeys(ranks)}
         programs.weigh([rows, table, shares], [*parts.values()])
         total = all_sum(parts)
-        programs.decide([total, table, shares, *counts], [table, numbers, *counts])
+        shown = torch.empty_like(table)
+        programs.decide([total, table, shares, *counts], [table, shown, numbers, *counts])
         triton.update(self.direction, buckets, numbers)
+        self._show_all(shown)

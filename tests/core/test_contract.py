@@ -104,6 +104,21 @@ def test_the_trace_would_notice_a_synchronisation():
 
 
 @every
+def test_what_was_shown_stays_what_it_was(cls):
+    """Whoever keeps ``group["alpha"]`` of each step has a curve, and not the last value many times."""
+    model = net()
+    optimizer = cls(model.parameters())
+    kept, read = [], []
+    for step in range(4):
+        loss_of(model, step).backward()
+        optimizer.step()
+        kept.append(optimizer.param_groups[0]["alpha"])
+        read.append(kept[-1].item())
+    assert [alpha.item() for alpha in kept] == read
+    assert len(set(read)) > 1
+
+
+@every
 def test_refuses_to_be_captured(cls, monkeypatch):
     model = net()
     optimizer = cls(model.parameters())
