@@ -17,6 +17,8 @@ def steady():
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "dropout_prob"):  # of attention, in transformers 4
+            module.dropout_prob = 0.0
     return model
 
 
