@@ -47,8 +47,7 @@ class Verdict(NamedTuple):
 class Cells(Gatherer):
     """What `Elra` remembers of each rate: read before the decision, written after the update."""
 
-    # What the groups keep, shape (groups, names); their entries are views of it, so that a step writes all of them at once
-    # and in place, which a CUDA graph repeats.
+    # What the groups keep, shape (groups, names); their entries are views of it, so that a step writes all of them at once.
     _table: Tensor | None = None
     _views: tuple[dict[str, Tensor], ...] = ()
     _uploaded: tuple[Any, Tensor] | None = None
@@ -138,7 +137,7 @@ class Cells(Gatherer):
             means = {name: (born * value[part]).sum() / born.sum() for name, value in cells.items()}
             means["alpha"] = ((born * verdict.alpha[part].log()).sum() / born.sum()).exp()
             own = {name: torch.where(born.any(), mean, groups[name][index]) for name, mean in means.items()}
-            rows.append([*({**own, "cos": verdict.cos[part].mean()}.values())])
+            rows.append([*(own | {"cos": verdict.cos[part].mean()}).values()])
         return dict(zip(cells, torch.stack([torch.stack(row) for row in rows]).unbind(1), strict=True))
 
     def _written(self, verdict: Verdict, groups: dict[str, Tensor], shares: Tensor) -> Tensor:
@@ -162,14 +161,16 @@ class Cells(Gatherer):
             return new
         old = torch.stack([groups[name] for name in self._names], 1)
         # the losses are of all groups, whosever turn it is
-        shared = {name: index for index, name in enumerate(self._names) if name in verdict.witness}
-        old[:, list(shared.values())] = new[:, list(shared.values())]
+        for column, name in enumerate(self._names):
+            if name in verdict.witness:
+                old[:, column] = new[:, column]
         return torch.stack([before if gone else after for gone, before, after in zip(absent, old, new, strict=True)])
 
     def _show_all(self, table: Tensor) -> None:
         """Publish what users read, in tensors that no later step writes to."""
+        names = self._names
         for group, row in zip(self.param_groups, table.unbind(), strict=True):
-            entries = dict(zip(self._names, row.unbind(), strict=True))
+            entries = dict(zip(names, row.unbind(), strict=True))
             group |= {name: entries[name] for name in group["elra_shown"].split()}
 
     def _publish(self, params: list[Tensor], verdict: Verdict, table: Tensor) -> None:

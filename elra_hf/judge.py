@@ -57,8 +57,8 @@ class Judge(Cells):
         there = [i for i, group in enumerate(self.param_groups) if not self._absent(group)] or [*range(len(shares))]
         # what all groups share, of one whose turn it is
         longest, skipped, *seen = (groups[name][there[0]] for name in ("longest", "skipped", *WITNESS))
-        moved = groups["multiplier"] if len(there) == len(shares) else groups["multiplier"][there]
-        moving = moved.amax() > 0
+        moved = groups["multiplier"].unbind()
+        moving = torch.stack([moved[i] for i in there]).amax() > 0
         exploded = exploded_norm(known, longest) & moving & self.direction.explodes
         # so that a step along the new gradient is no longer than one along the longest was
         shrink = torch.where(exploded, (longest / known).sqrt().clamp(max=self.restart_factor), self.restart_factor)

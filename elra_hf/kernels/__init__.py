@@ -55,7 +55,7 @@ def measure(direction: Direction, bucket: Bucket, counts: Counts, last: Scalar, 
     move = Move(last, None, 1.0, 0.0, 1.0, last)
     like = torch.empty((), dtype=torch.float32, device=bucket.params[0].device)
     row: Tensor = triton.measure(direction, [bucket], triton.numbers(direction, bucket, counts, move, like)[None])[0]
-    return row[[triton.PRODUCTS.index(need) for need in needs]]
+    return torch.stack([row[triton.PRODUCTS.index(need)] for need in needs])  # a list as index would wait for the device
 
 
 def update(direction: Direction, bucket: Bucket, counts: Counts, move: Move) -> None:

@@ -170,12 +170,11 @@ class _Writer(fx.Interpreter):
 
     def _fold(self, name: str, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
         """A reduction, entry after entry in their order."""
-        every = range(x.ndim)
-        dims = (
-            list(every) if dim is None or dim == [] else [d % max(x.ndim, 1) for d in ([dim] if isinstance(dim, int) else dim)]
-        )
         if not x.ndim:
             return x
+        every = range(x.ndim)
+        given = [*every] if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+        dims = [d % x.ndim for d in given]
         flat = x.permute(*dims, *(d for d in every if d not in dims)).flatten(0, len(dims) - 1)
         total = flat[0].clone()
         for row in flat[1:]:
@@ -189,10 +188,9 @@ class _Writer(fx.Interpreter):
         columns = [arg.expand(shape).flatten().tolist() if isinstance(arg, Tensor) else None for arg in args]
         entries = []
         for j in range(math.prod(shape)):
-            # None for a bound that is not given
-            row = [
-                None if a is None else c[j] if c is not None else self._number(a) for a, c in zip(args, columns, strict=True)
-            ]
+            row: list[int | None] = []
+            for arg, column in zip(args, columns, strict=True):  # None for a bound that is not given
+                row.append(None if arg is None else self._number(arg) if column is None else column[j])
             entries.append(self._entry(name, row, kwargs))
         return torch.tensor(entries, dtype=torch.int64, device="cpu").view(shape)
 
