@@ -162,8 +162,9 @@ class Gatherer(Groups):
         fresh = {name: torch.zeros((), dtype=dtype, device=p.device) for name in self.direction.counters}
         state.update(newborn.setdefault(peers, fresh))
         if self.scope == "tensor":
-            values = [float(group["elra_alpha"]), *self._cell_names.values()]  # what it knows is its own
-            state["elra"] = torch.tensor(values, dtype=group["elra_alpha"].dtype, device=group["elra_alpha"].device)
+            alpha: Tensor = group["elra_alpha"]
+            # what it knows is its own
+            state["elra"] = torch.stack([alpha, *(alpha.new_full((), value) for value in self._cell_names.values())])
         for name, dtype in self.direction.dtypes(p, group).items():
             state[name] = torch.zeros_like(p, dtype=dtype)
 

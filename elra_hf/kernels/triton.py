@@ -292,7 +292,7 @@ def _sheets(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet
 def _uploaded(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """The table on the device; kept, since most steps find the same addresses."""
     table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=16)
