@@ -9,6 +9,7 @@ COMMANDS = {
     "paper": ("paper", "the paper's own experiments, rows and report"),
     "questions": ("studies", "the paper's open questions, rows and report"),
     "finder": ("finder", "the rate that a search finds, given to AdamW, rows and report"),
+    "ablation": ("ablation", "what each part and constant of the rules is worth, rows and report"),
     "cosines": ("cosines", "what a rate rule can see along fixed rates"),
     "speed": ("speed", "what a step costs next to fused AdamW, rows and table"),
     "scale": ("scale", "a GPT of 105 M parameters against swept AdamW, rows and report"),

@@ -57,6 +57,7 @@ class Optimizer:
         package: the name to install it by, with version.
         quick: belongs to the quick suite.
         ours: is one of this package's.
+        averaged: keeps the average of the iterates, which is evaluated, too.
     """
 
     path: str
@@ -68,6 +69,7 @@ class Optimizer:
     package: str = "torch"
     quick: bool = False
     ours: bool = False
+    averaged: bool = False
 
     @property
     def configuration(self) -> str:
@@ -92,7 +94,7 @@ class Optimizer:
 def ours(cls: type[torch.optim.Optimizer]) -> Optimizer:
     """With nothing set."""
     rate = inspect.signature(cls).parameters["lr"].default
-    return Optimizer(f"elra_hf:{cls.__name__}", rate, package="elra_hf", quick=True, ours=True)
+    return Optimizer(f"elra_hf:{cls.__name__}", rate, package="elra_hf", quick=True, ours=True, averaged=True)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -168,6 +168,9 @@ def train(run: Run, declared: Optimizer, trajectories: Path | None) -> Row:
         row[f"{name}_loss"] = text(loss)
         if metric is not None:
             row[f"{name}_metric"] = text(metric)
+    if declared.averaged:
+        with elra_hf.averaged(optimizer):
+            row |= {f"averaged_{name}_loss": text(evaluate(problem, name)[0]) for name in ("validation", "test")}
     if task.goal is None:
         cut_off = ["nan"] * (len(curve_at) - len(curve))
         row["curve"] = ";".join([*curve, *cut_off, row["validation_loss"]])
@@ -249,8 +252,8 @@ def write_trajectory(folder: Path, run: Run, points: Sequence[Point]) -> None:
 
 COLUMNS = [
     *Run._fields, "configuration", "status", "error", "start_loss", "train_loss", "validation_loss", "test_loss",
-    "train_metric", "validation_metric", "test_metric", "reached", "alpha", "restarts", "clamps", "seconds", "total_seconds",
-    "state_bytes", "versions", "curve", "alphas",
+    "train_metric", "validation_metric", "test_metric", "averaged_validation_loss", "averaged_test_loss", "reached", "alpha",
+    "restarts", "clamps", "seconds", "total_seconds", "state_bytes", "versions", "curve", "alphas",
 ]  # fmt: skip
 
 
