@@ -111,10 +111,9 @@ def regret(name: str) -> dict[str, list[str]]:
     return {cells[0]: cells for cells in rows}
 
 
-@pytest.mark.parametrize("page", [README, EVIDENCE], ids=["README", "evidence"])
-def test_nothing_set_against_a_sweep(page):
-    lines = page.splitlines()
-    for row in untuned.table():
+def test_nothing_set_against_a_sweep():
+    lines = README.splitlines()
+    for row in untuned.means():
         assert f"| {' | '.join(row)} |" in lines
 
 

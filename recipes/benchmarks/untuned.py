@@ -6,13 +6,14 @@ momentum, and draws results/untuned.png, from language.csv, quick.csv and full.c
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
 from matplotlib.figure import Figure
+
+from recipes.sweep import Row, read
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {
@@ -25,20 +26,28 @@ TASKS = {
     "digits-mlp": "MLP on digits",
     "digits-cnn": "CNN on digits",
 }
-# where SGD with momentum was swept
-EUCLIDEAN = {
-    **{task: name for task, name in TASKS.items() if task.startswith(("mnist", "digits"))},
+MORE = {
+    "python-2x64": "GPT of 2 layers, characters of Python",
+    "shakespeare-2x64": "the same, of Shakespeare",
+    "shakespeare-4x128": "GPT of 4 layers, of Shakespeare",
+    "bert-questions": "tiny BERT from scratch, questions",
+    "bert-movies": "the same, movie sentences",
+    "minilm4-questions": "MiniLM, upper layers and head, questions",
+    "minilm4-movies": "the same, movie sentences",
+    "minilm-lora-questions": "MiniLM, LoRA and head, questions",
+    "fashion-cnn": "CNN on Fashion-MNIST",
+    "mnist-paper": "the paper's net on MNIST",
     "mnist-autoencoder": "autoencoder of MNIST",
-    "bert-questions": "tiny BERT on questions, from scratch",
-    "python-2x64": "GPT of 2 layers, characters",
 }
+# where SGD with momentum was swept
+EUCLIDEAN = ("mnist-mlp", "mnist-cnn", "digits-mlp", "digits-cnn", "mnist-autoencoder", "bert-questions", "python-2x64")
 # ours, what it builds on, and the tasks
 COMPARED = {
-    "elra_adamw": ("adamw", TASKS),
-    "elra_c2min": ("sgd-momentum", EUCLIDEAN),
-    "elra_p2min": ("sgd-momentum", EUCLIDEAN),
+    "elra_adamw": ("adamw", TASKS | MORE),
+    "elra_c2min": ("sgd-momentum", {task: (TASKS | MORE)[task] for task in EUCLIDEAN}),
+    "elra_p2min": ("sgd-momentum", {task: (TASKS | MORE)[task] for task in EUCLIDEAN}),
 }
-# others that are used with nothing set, by (optimizer, schedule)
+# others that are used with nothing set, by (optimizer, schedule); they were run on `TASKS`
 OTHERS = {
     ("elra_adamw", "linear"): "`elra_adamw`, linear",
     ("elra_adamw", "constant"): "`elra_adamw`, constant",
@@ -47,82 +56,109 @@ OTHERS = {
     ("nadamw", "warmup-cosine"): "NadamW at AlgoPerf's point",
     ("prodigy-safeguard", "constant"): "Prodigy with `safeguard_warmup`, constant",
 }
-SCHEDULES = ("linear", "constant")
 SEEDS = ("1", "2", "3")
 
+Rows = dict[tuple[str, ...], list[Row]]
 
-def losses(optimizers: Iterable[str]) -> dict[tuple[str, ...], list[float]]:
-    """Test losses of the reporting seeds, by task, optimizer, schedule and rate; ours are those of version 0.2."""
-    found: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+
+def last(row: Row) -> float:
+    """Test loss of the last iterate."""
+    return float(row["test_loss"])
+
+
+def picked(row: Row) -> float:
+    """Test loss of the last iterate, or of the average of the iterates if its validation loss is lower."""
+    average = float(row["averaged_validation_loss"]) < float(row["validation_loss"])
+    return float(row["averaged_test_loss" if average else "test_loss"])
+
+
+# the columns of ours: schedule, and what is taken at the end
+COLUMNS: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "linear": ("linear", last),
+    "constant": ("constant", last),
+    "constant, picked": ("constant", picked),
+}
+
+
+def reported(optimizers: Iterable[str]) -> Rows:
+    """Rows of the reporting seeds, by task, optimizer, schedule and rate."""
+    found: Rows = defaultdict(list)
     for name in ("quick", "full", "language"):
-        with (RESULTS / f"{name}.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                old = name != "language" and row["optimizer"].startswith("elra_")
-                if row["optimizer"] in optimizers and row["seed"] in SEEDS and row["status"] == "ok" and not old:
-                    key = (row["task"], row["optimizer"], row["schedule"], row["rate"])
-                    found[key][row["seed"]] = float(row["test_loss"])
-    return {key: list(seeds.values()) for key, seeds in found.items()}
+        for row in read(RESULTS / f"{name}.csv"):
+            if row["optimizer"] in optimizers and row["seed"] in SEEDS and row["status"] == "ok":
+                found[row["task"], row["optimizer"], row["schedule"], row["rate"]].append(row)
+    return found
 
 
-def tuned(rows: dict[tuple[str, ...], list[float]], task: str, rival: str) -> float:
-    """Mean loss of the rival at the best rate and schedule of its sweep, which alone has all reporting seeds."""
-    return min(mean(v) for key, v in rows.items() if key[:2] == (task, rival) and len(v) == len(SEEDS))
+def best(rows: Rows, task: str, optimizer: str, schedule: str | None = None) -> float:
+    """Lowest mean loss of an optimizer: of a swept one that of its best rate and schedule, which alone has all seeds."""
+    means = [
+        mean(map(last, of))
+        for key, of in rows.items()
+        if key[:2] == (task, optimizer) and schedule in (None, key[2]) and (schedule or len(of) == len(SEEDS))
+    ]
+    return min(means)
 
 
 def quotients(optimizer: str = "elra_adamw") -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and standard deviation over seeds of test loss over that of the tuned rival, by task and schedule."""
+    """Mean and standard deviation over seeds of test loss over that of the tuned rival, by task and column."""
     rival, tasks = COMPARED[optimizer]
-    rows = losses({rival, optimizer})
+    rows = reported({rival, optimizer})
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for task in tasks:
-        base = tuned(rows, task, rival)
-        ours = {key[2]: v for key, v in rows.items() if key[:2] == (task, optimizer)}
-        found[task] = {s: (mean(ours[s]) / base, stdev(ours[s]) / base) for s in SCHEDULES}
+        base = best(rows, task, rival)
+        ours = {key[2]: of for key, of in rows.items() if key[:2] == (task, optimizer)}
+        losses = {column: [*map(taken, ours[schedule])] for column, (schedule, taken) in COLUMNS.items()}
+        found[task] = {column: (mean(of) / base, stdev(of) / base) for column, of in losses.items()}
     return found
 
 
 def others() -> list[tuple[str, str, str]]:
     """The rows of a table: what is used with nothing set, geometric mean and worst of its losses over tuned AdamW's."""
-    rows, table = losses({"adamw", *(name for name, _ in OTHERS)}), []
+    rows, table = reported({"adamw", *(name for name, _ in OTHERS)}), []
     for (name, schedule), shown in OTHERS.items():
-        found = {
-            task: min(mean(v) for key, v in rows.items() if key[:3] == (task, name, schedule)) / tuned(rows, task, "adamw")
-            for task in TASKS
-        }
+        found = {task: best(rows, task, name, schedule) / best(rows, task, "adamw") for task in TASKS}
         worst = max(found, key=lambda task: found[task])
         table.append((shown, f"{geometric_mean(found.values()):.3f}", f"{found[worst]:.3f} ({TASKS[worst]})"))
     return table
 
 
-def table(optimizer: str = "elra_adamw") -> list[tuple[str, str, str, str]]:
-    """The rows of a table: task, linear, constant, the better of the two; the last two are means and worsts."""
-    found = quotients(optimizer)
+def table(optimizer: str = "elra_adamw") -> list[tuple[str, ...]]:
+    """The rows of a table: task, the columns, the better of linear and picked; the last two are means and worsts."""
     rows = [
-        (
-            COMPARED[optimizer][1][task],
-            *(f"{of[s][0]:.3f} ± {of[s][1]:.3f}" for s in SCHEDULES),
-            f"{min(m for m, _ in of.values()):.3f}",
-        )
-        for task, of in found.items()
+        (COMPARED[optimizer][1][task], *(f"{m:.3f} ± {s:.3f}" for m, s in of.values()), f"{better(of):.3f}")
+        for task, of in quotients(optimizer).items()
     ]
-    columns = [[of[s][0] for of in found.values()] for s in SCHEDULES]
-    columns.append([min(pair) for pair in zip(*columns, strict=True)])
-    rows.append(("**geometric mean**", *(f"{geometric_mean(column):.3f}" for column in columns)))
-    rows.append(("**worst**", *(f"{max(column):.3f}" for column in columns)))
-    return rows
+    return [*rows, *means(optimizer)]
+
+
+def better(of: dict[str, tuple[float, float]]) -> float:
+    """The lower mean of the linear schedule and the constant one, picked."""
+    return min(of["linear"][0], of["constant, picked"][0])
+
+
+def means(optimizer: str = "elra_adamw") -> list[tuple[str, ...]]:
+    """Geometric mean and worst over the tasks, of each column."""
+    found = quotients(optimizer).values()
+    columns = [*([of[column][0] for of in found] for column in COLUMNS), [*map(better, found)]]
+    return [
+        ("**geometric mean**", *(f"{geometric_mean(column):.3f}" for column in columns)),
+        ("**worst**", *(f"{max(column):.3f}" for column in columns)),
+    ]
 
 
 def draw(path: Path) -> None:
-    """One line a task, one mark a schedule, with the standard deviation over seeds."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    """One line a task, one mark a column, with the standard deviation over seeds."""
+    tasks = COMPARED["elra_adamw"][1]
+    figure = Figure(figsize=(8, 1 + 0.28 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for y, of in enumerate(reversed(quotients().values())):
-        for schedule, color, shift in zip(SCHEDULES, ("tab:blue", "tab:orange"), (0.12, -0.12), strict=True):
-            middle, spread = of[schedule]
-            label = schedule if y == 0 else None
-            axes.errorbar(middle, y + shift, xerr=spread, fmt="o", color=color, markersize=5, capsize=2, label=label)
+        for column, color, shift in zip(COLUMNS, ("tab:blue", "tab:orange", "tab:green"), (0.22, 0.0, -0.22), strict=True):
+            middle, spread = of[column]
+            label = column if y == 0 else None
+            axes.errorbar(middle, y + shift, xerr=spread, fmt="o", color=color, markersize=4, capsize=2, label=label)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(TASKS)), list(reversed(TASKS.values())), fontsize=8)
+    axes.set_yticks(range(len(tasks)), list(reversed(tasks.values())), fontsize=8)
     axes.set_xlabel("test loss of elra_adamw, nothing set, over that of AdamW with the best rate of a sweep", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.legend(frameon=False, fontsize=8)
@@ -133,8 +169,8 @@ if __name__ == "__main__":
     draw(RESULTS / "untuned.png")
     for optimizer, (rival, _) in COMPARED.items():
         print(f"\n{optimizer} over tuned {rival}\n")
-        for row in (("task", "linear", "constant", "better"), ("---",) * 4, *table(optimizer)):
-            print("|", " | ".join(row), "|")
+        for cells in (("task", *COLUMNS, "better"), ("---",) * (2 + len(COLUMNS)), *table(optimizer)):
+            print("|", " | ".join(cells), "|")
     print("\nothers, with nothing set\n")
     for line in (("optimizer", "geometric mean", "worst"), ("---",) * 3, *others()):
         print("|", " | ".join(line), "|")
