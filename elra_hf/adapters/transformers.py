@@ -132,7 +132,7 @@ def rate_callback(base: type) -> type:
             seen = {}
             if "learning_rate" in logs:  # a training log
                 group = inner.param_groups[0]
-                seen = {f"elra_{name}": float(group[name]) for name in ("alpha", "cos", "restarts")}
+                seen = {name: float(group[name]) for name in ("elra_alpha", "elra_cos", "elra_restarts")}
                 seen["learning_rate"] = rate(inner)
             elif "train_runtime" in logs and (found := self._trace.found()):  # the summary at the end
                 seen["elra_found_rate"] = found.rate

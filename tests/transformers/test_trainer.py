@@ -133,6 +133,23 @@ def test_logs_show_the_applied_rate(optim, tmp_path, capsys):
     assert "elra_alpha" in capsys.readouterr().out
 
 
+def test_a_groups_own_keys_are_not_taken_for_ours(tmp_path):
+    """A trainer of others names its groups as it likes; the logs show the rate all the same."""
+
+    class Naming(Trainer):
+        def create_optimizer(self, *_):
+            keys = {"alpha": "encoder", "cos": None, "restarts": 16.0}
+            self.optimizer = ElraAdamW([{"params": self.model.parameters(), **keys}])
+            return self.optimizer
+
+    trainer = Naming(bert(), arguments(tmp_path, "elra_adamw", max_steps=3), train_dataset=Rows())
+    trainer.train()
+    group = unwrap(trainer.optimizer).param_groups[0]
+    _, alpha, cos, restarts = logs(trainer, "elra_alpha", "elra_cos", "elra_restarts")[-1]
+    assert [alpha, cos, restarts] == [group["elra_alpha"], group["elra_cos"], 0.0]
+    assert group["alpha"] == "encoder"
+
+
 def test_other_optimizers_logs_are_left_alone(tmp_path):
     trainer = run(tmp_path, "adamw_torch", max_steps=3)
     assert all("elra_alpha" not in entry for entry in trainer.state.log_history)
