@@ -222,6 +222,10 @@ class RateFinder(Callback):  # type: ignore[misc]
             trainer.print(self.found.line(_schedule(trainer)))
         trainer.print(said)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put everything back, whatever happened."""
+        self._search.finish()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bring the others back."""
         if self._callbacks:
