@@ -47,7 +47,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
     if inner in _swapped:
         raise RuntimeError("averaged: the parameters hold the average already; do not nest it")
     pairs = _pairs(inner)
-    iterates = [x.clone() for x, _ in pairs]
+    iterates = [local(p.detach()).clone() for p, _ in pairs]
     _swapped.add(inner)
     handle = inner.register_step_pre_hook(_refuse)
     sharded = any(local(p) is not p for group in inner.param_groups for p in group["params"])
@@ -59,8 +59,8 @@ def averaged(optimizer: Any) -> Iterator[None]:
         handle.remove()
         _swapped.discard(inner)
         with torch.no_grad():
-            for (x, _), iterate in zip(pairs, iterates, strict=True):
-                x.copy_(iterate)
+            for (p, _), iterate in zip(pairs, iterates, strict=True):
+                local(p.detach()).copy_(iterate)  # wherever p is by now: the block may have cast or moved the model and back
 
 
 def settle(optimizer: Any) -> None:
@@ -108,14 +108,15 @@ def _wrappers(optimizer: Any) -> Iterator[str]:
 
 
 def _pairs(inner: Elra) -> list[tuple[Tensor, Tensor]]:
-    """(x, x̄ - x) of each parameter that has had a gradient, the parts on this rank."""
+    """(p, x̄ - x) of each parameter that has had a gradient, of the latter the part on this rank."""
     params = (p for group in inner.param_groups for p in group["params"])
-    return [(local(p.detach()), local(inner.state[p]["way"])) for p in params if inner.state.get(p)]
+    return [(p, local(inner.state[p]["way"])) for p in params if inner.state.get(p)]
 
 
 @torch.no_grad()
 def _to_average(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for x, way in pairs:
+    for p, way in pairs:
+        x = local(p.detach())
         x.add_(way.to(x.device))
 
 

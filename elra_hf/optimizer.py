@@ -134,6 +134,7 @@ class Elra(Launches):
             What ``closure`` returned.
 
         Raises:
+            ValueError: ``loss`` is not one number.
             RuntimeError: a sparse gradient, sharded parameters whose group cannot be known, or a CUDA graph is captured.
         """
         if not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -141,6 +142,9 @@ class Elra(Launches):
                 f"{type(self).__name__}.step() cannot be captured in a CUDA graph, which would repeat its learning rate and "
                 "addresses: capture the forward and backward pass, and call step() after the replay"
             )
+        if loss is not None and not is_number(loss):
+            shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(f"step: loss={shown} is invalid: give one number, as loss.mean()")
         result = None
         if closure is not None:
             with torch.enable_grad():

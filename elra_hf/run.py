@@ -6,6 +6,7 @@ Also under launchers: ``torchrun … -m elra_hf.run SCRIPT …``, ``accelerate l
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -68,15 +69,29 @@ def main() -> None:
         _stop(str(error))
     sys.argv = [args[0], *launchers, *args[1:]]
     if as_module:
+        if not _exists(args[0]):
+            _stop(f"no module {args[0]!r}. For a script leave out -m, and give its path", 1)
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
     else:
-        # as `python SCRIPT` does, which puts the script's folder where -m put the current one
-        sys.path[0] = os.path.dirname(os.path.abspath(args[0]))
-        runpy.run_path(args[0], run_name="__main__")
+        # as `python SCRIPT` does: __file__ holds also after a chdir, and the script's folder is where -m put the current one
+        script = os.path.abspath(args[0])
+        if not getattr(sys.flags, "safe_path", False):  # with -P neither is there
+            sys.path[0] = os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
     if replaced and not built():
         print(f"elra_hf.run: --replace {replaced}: this process built no torch.optim.AdamW", file=sys.stderr)
     if steps and not searched():
         print("elra_hf.run: --find-rate: this process itself trained with no Trainer of transformers", file=sys.stderr)
+
+
+def _exists(module: str) -> bool:
+    """Whether there is ``module``; imports the packages around it, as running it does."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # something that the package needs
+            raise
+        return False
 
 
 def _stop(message: str, status: int = 2) -> str:

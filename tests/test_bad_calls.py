@@ -115,6 +115,14 @@ CALLS = {
     "restart_factor text": (lambda: ElraC2Min([X], restart_factor="a"), "restart_factor='a'", "(0, 1)", "e.g. 1/3"),
     "positional": (lambda: ElraC2Min([X], 1e-3, (0.9, 0.9)), "positional argument", "3 were given|4 were given", "takes"),
     "unknown option": (lambda: ElraC2Min([X], gian=0.3), "gian", "unexpected keyword", "ElraC2Min|__init__"),
+    # a step
+    "loss text": (lambda: ElraC2Min([X]).step(loss="0.5"), "loss='0.5'", "give one number", "loss.mean()"),
+    "loss of each row": (
+        lambda: ElraC2Min([X]).step(loss=torch.ones(8)),
+        "loss=of shape (8,)",
+        "give one number",
+        "loss.mean()",
+    ),
     # directions and rules
     "a pair that does not go": (lambda: Elra([X], Adam(), C2Min(horizon=math.inf)), "rule=C2Min", "['gp', 'pp']", "it offers"),
     "another pair": (lambda: Elra([X], SuccessiveGradients(), Tracking()), "rule=Tracking", "direction=Succ", "it offers"),

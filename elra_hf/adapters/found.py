@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,19 +157,34 @@ class Snapshot:
                 "RateFinder: the optimizer trains copies or slices of the weights, as under DeepSpeed, which cannot be put "
                 "back: find the rate without DeepSpeed, on one device or with DDP or FSDP"
             )
-        tensors = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
-        self.tensors = [(tensor, local(tensor.detach()).to("cpu", copy=True)) for tensor in tensors]
+        self.tensors: dict[Tensor, Tensor] = {}
+        self.keep([p for group in self.optimizer.param_groups for p in group["params"]])
+        self.keep(module.buffers())
         self.state = copy.deepcopy(self.optimizer.state_dict())
+        self.handle = self.optimizer.register_step_pre_hook(self._keep_late)
         self.numpy = getattr(sys.modules.get("numpy"), "random", None)  # where somebody uses it
         self.random = (random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
         self.random_numpy = self.numpy.get_state() if self.numpy else None
 
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Keep ``tensors``, unless they are kept already."""
+        for tensor in tensors:
+            if tensor not in self.tensors:
+                self.tensors[tensor] = local(tensor.detach()).to("cpu", copy=True)
+
+    def _keep_late(self, *_: Any) -> None:
+        """Before each step, keep what parameter groups bring that have been added since."""
+        for group in self.optimizer.param_groups[len(self.state["param_groups"]) :]:
+            self.keep(group["params"])
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put all of it back."""
-        for tensor, saved in self.tensors:
+        self.handle.remove()
+        for tensor, saved in self.tensors.items():
             local(tensor.detach()).copy_(saved)
         reshard(self.module)
+        del self.optimizer.param_groups[len(self.state["param_groups"]) :]
         self.optimizer.load_state_dict(self.state)
         self.optimizer.zero_grad()
         python, cpu, cuda = self.random

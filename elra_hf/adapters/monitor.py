@@ -104,7 +104,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             prefix = self._prefix(index)
             group = unwrap(optimizer).param_groups[0]
             pl_module.log(f"{prefix}/rate", rate(optimizer), prog_bar=self.prog_bar)
-            pl_module.log_dict({f"{prefix}/{key}": float(group[key]) for key in ("alpha", "cos", "restarts")})
+            pl_module.log_dict({f"{prefix}/{key}": float(group[f"elra_{key}"]) for key in ("alpha", "cos", "restarts")})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was found."""
@@ -221,6 +221,10 @@ class RateFinder(Callback):  # type: ignore[misc]
         if self.found and not any(isinstance(each, ElraMonitor) for each in self._callbacks):
             trainer.print(self.found.line(_schedule(trainer)))
         trainer.print(said)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put everything back, whatever happened."""
+        self._search.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bring the others back."""

@@ -41,7 +41,9 @@ def add_optimizers(trainer: ModuleType) -> None:
 
     get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
     trainer.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
-    trainer.DEFAULT_CALLBACKS.append(rate_callback(trainer.TrainerCallback))
+    from .logs import ElraLogs
+
+    trainer.DEFAULT_CALLBACKS.append(ElraLogs)
 
 
 def build(args: Any, model: Any) -> tuple[type, dict[str, Any]]:
@@ -107,46 +109,6 @@ def under_deepspeed(model: Any, config: dict[str, Any], args: Any, scope: str | 
     return options
 
 
-def rate_callback(base: type) -> type:
-    """A ``TrainerCallback`` that puts the rate really applied, α, the cosine and the restarts into every training log.
-
-    At the end of a run it adds the rate that was found, as ``elra_found_rate``, and prints what that is worth to AdamW.
-    """
-
-    class ElraLogs(base):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            from elra_hf.adapters.found import Trace
-
-            self._trace = Trace()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            if inner := _elra(optimizer):
-                self._trace.add(inner)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
-            from elra_hf.optimizer import rate
-
-            inner = _elra(optimizer)
-            if not logs or inner is None:
-                return
-            seen = {}
-            if "learning_rate" in logs:  # a training log
-                group = inner.param_groups[0]
-                seen = {f"elra_{name}": float(group[name]) for name in ("alpha", "cos", "restarts")}
-                seen["learning_rate"] = rate(inner)
-            elif "train_runtime" in logs and (found := self._trace.found()):  # the summary at the end
-                seen["elra_found_rate"] = found.rate
-            for entry in (logs, state.log_history[-1]):
-                entry.update(seen)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            found = self._trace.found()
-            if found and state.is_world_process_zero:
-                say(found.line(schedule(args, state.max_steps)))
-
-    return ElraLogs
-
-
 def schedule(args: Any, steps: int) -> str:
     """The schedule of ``TrainingArguments``, in words."""
     name, warmup = str(args.lr_scheduler_type.value), args.get_warmup_steps(steps)
@@ -159,16 +121,6 @@ def say(line: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(line)
-
-
-def _elra(optimizer: Any) -> Any:
-    """The optimizer of ours inside ``optimizer``, or None."""
-    from elra_hf.optimizer import unwrap
-
-    try:
-        return unwrap(optimizer)
-    except TypeError:
-        return None
 
 
 def __getattr__(name: str) -> Any:

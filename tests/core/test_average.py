@@ -99,6 +99,22 @@ def test_what_is_raised_inside_is_raised_and_the_iterate_is_back():
     assert not same(net, before)
 
 
+@pytest.mark.parametrize("there", ["cast", "moved"])
+def test_the_iterate_finds_parameters_that_were_cast_or_moved_inside(there):
+    """As to save the average in half precision: the tensors that the parameters held are not those that they hold then."""
+    net = Net(torch.float32)
+    optimizer = ElraAdamW(net.parameters())
+    train(net, optimizer, 5)
+    before = copies(net)
+    with elra_hf.averaged(optimizer):
+        if there == "cast":
+            net.half().float()
+        else:
+            for p in net.parameters():
+                p.data = p.data.clone()  # what a move to another device and back comes to
+    assert same(net, before)
+
+
 def test_a_step_inside_and_nesting_are_refused():
     net = Net()
     optimizer = ElraAdamW(net.parameters())

@@ -80,6 +80,16 @@ def test_the_rate_is_logged_as_it_was_applied(name, tmp_path):
     assert rate(run.optimizers[0]) == pytest.approx(float(run.callback_metrics["elra/rate"]))
 
 
+def test_a_groups_own_keys_are_not_taken_for_ours():
+    keys = {"alpha": 7.0, "cos": 7.0, "restarts": 7.0}
+    run = trainer(callbacks=[ElraMonitor()])
+    run.fit(Classifier(lambda module: ElraC2Min([{"params": module.parameters(), **keys}])), loader())
+    group = run.optimizers[0].param_groups[0]
+    for name in ("alpha", "cos", "restarts"):
+        assert run.callback_metrics[f"elra/{name}"] == group[f"elra_{name}"]
+    assert group["alpha"] == 7.0
+
+
 def test_accumulated_steps_are_logged_once(tmp_path):
     module = Classifier(lambda module: optimizer_of("elra_c2min", module))
     logger = TensorBoardLogger(tmp_path)

@@ -5,13 +5,14 @@ import random
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from elra_hf import ElraAdamW
 from elra_hf.adapters.lightning import ElraMonitor, RateFinder, configure_elra
 
-from .modules import Classifier, flat, loader, optimizer_of, trainer
+from .modules import STEPS, Classifier, flat, loader, optimizer_of, trainer
 from .test_training import Gan
 
 
@@ -105,6 +106,65 @@ def test_the_run_after_the_finder_is_the_run_without_it():
         return flat(module)
 
     assert torch.equal(trained(True), trained(False))
+
+
+class Thawing(Classifier):
+    """Its first layer is frozen until the third batch; with ``late`` the optimizer does not know it before."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__(lambda module: ElraAdamW([p for p in module.parameters() if p.requires_grad or not late]))
+        self.late = late
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.net[0].requires_grad_(True)
+            if self.late:
+                self.trainer.optimizers[0].add_param_group({"params": self.net[0].parameters()})
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_trained_from_the_middle_on_is_put_back_too(late):
+    finder, module = RateFinder(7), Thawing(late)
+    before = flat(module).clone()
+    run = trainer(callbacks=[finder])
+    run.fit(module, loader())
+    assert torch.equal(flat(module), before)
+    assert finder.found.steps == 7
+    assert len(run.optimizers[0].param_groups) == 1
+    assert not run.optimizers[0].state
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_backbone_that_lightning_unfreezes_is_put_back_too(order):
+    class Pretrained(Classifier):
+        def __init__(self):
+            super().__init__(lambda module: ElraAdamW([p for p in module.parameters() if p.requires_grad]))
+            self.backbone, self.net = self.net[:3], self.net[3:]
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((self.backbone(batch[0]), batch[1]), batch_idx)
+
+    finder, module = RateFinder(STEPS + 5), Pretrained()
+    before = flat(module).clone()
+    callbacks = [finder, BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-5)]
+    trainer(callbacks=callbacks[::order], max_epochs=3).fit(module, loader())
+    assert torch.equal(flat(module), before)
+    assert finder.found.steps == STEPS + 5
+
+
+def test_a_search_that_fails_leaves_no_trace():
+    class Failing(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 5:
+                raise ValueError("broken")
+            return super().training_step(batch, batch_idx)
+
+    module = Failing(lambda module: optimizer_of("elra_adamw", module))
+    before = flat(module).clone()
+    with pytest.raises(ValueError, match="broken"):
+        trainer(callbacks=[RateFinder(20)]).fit(module, loader())
+    assert torch.equal(flat(module), before)
 
 
 def test_what_the_finder_cannot_search_is_refused():

@@ -60,13 +60,57 @@ def test_arguments_and_exit_status_are_the_scripts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "status", "text"), [([], 2, "usage"), (["--help"], 0, "usage"), (["nowhere.py"], 1, "no script")]
+    ("args", "status", "text"),
+    [
+        ([], 2, "usage"),
+        (["--help"], 0, "usage"),
+        (["nowhere.py"], 1, "no script"),
+        (["-m", "nowhere"], 1, "no module"),
+        (["-m", "nowhere.train"], 1, "no module"),
+        (["-m", "json.nowhere"], 1, "no module"),
+    ],
 )
 def test_what_it_says(args, status, text):
     done = launch([sys.executable, "-m", "elra_hf.run"], *args)
     assert done.returncode == status
     assert text in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_module_misses_is_named_as_without_us(tmp_path):
+    (tmp_path / "package.py").write_text("import absent")
+    done = subprocess.run(
+        [sys.executable, *RUN, "-m", "package"], cwd=tmp_path, env=at(tmp_path), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'absent'\n")
+
+
+def at(*folders):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*folders, ROOT]))}
+
+
+def test_a_script_finds_itself_after_it_went_elsewhere(tmp_path):
+    """As Hydra does: the path in __file__ does not depend on the current folder."""
+    (tmp_path / "script.py").write_text("import os\nos.chdir('/')\nprint(os.path.exists(__file__))")
+    for ours in ([], RUN):
+        command = [sys.executable, *ours, "script.py"]
+        assert subprocess.run(command, cwd=tmp_path, env=at(), capture_output=True, text=True, timeout=60).stdout == "True\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no -P")
+def test_the_path_is_left_alone_where_python_leaves_it_alone(tmp_path):
+    """Under -P the first place is no script's folder but PYTHONPATH's."""
+    first, here = tmp_path / "first", tmp_path / "here"
+    for folder in (first, here):
+        folder.mkdir()
+        (folder / f"of_{folder.name}.py").write_text("")
+    code = "from importlib.util import find_spec\nprint(bool(find_spec('of_first')), bool(find_spec('of_here')))"
+    (here / "script.py").write_text(code)
+    for ours in ([], RUN):
+        command = [sys.executable, "-P", *ours, str(here / "script.py")]
+        done = subprocess.run(command, env=at(first), capture_output=True, text=True, timeout=60)
+        assert done.stdout == "True False\n", done.stderr
 
 
 ARGV = "import sys\nprint(sys.argv, __name__)"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,19 @@ assert args.optim == "elra_c2min" and type(args.optim) is str, repr(args.optim)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "elra_adamw"])
+def test_a_trainer_pickles_and_loads_elsewhere(optim, tmp_path):
+    """Also one that has nothing to do with us."""
+    trainer = Trainer(bert(), arguments(tmp_path, optim), train_dataset=Rows())
+    (tmp_path / "trainer").write_bytes(pickle.dumps(trainer))
+    code = f"""
+import pickle
+trainer = pickle.load(open({str(tmp_path / "trainer")!r}, "rb"))
+print([type(each).__name__ for each in trainer.callback_handler.callbacks].count("ElraLogs"))"""
+    done = python(code)
+    assert done.stdout == "1\n", done.stderr
+
+
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +145,23 @@ def test_logs_show_the_applied_rate(optim, tmp_path, capsys):
         values = [event.value for event in events.Scalars(f"train/{tag}")]
         assert values == pytest.approx([row[column] for row in logged])
     assert "elra_alpha" in capsys.readouterr().out
+
+
+def test_a_groups_own_keys_are_not_taken_for_ours(tmp_path):
+    """A trainer of others names its groups as it likes; the logs show the rate all the same."""
+
+    class Naming(Trainer):
+        def create_optimizer(self, *_):
+            keys = {"alpha": "encoder", "cos": None, "restarts": 16.0}
+            self.optimizer = ElraAdamW([{"params": self.model.parameters(), **keys}])
+            return self.optimizer
+
+    trainer = Naming(bert(), arguments(tmp_path, "elra_adamw", max_steps=3), train_dataset=Rows())
+    trainer.train()
+    group = unwrap(trainer.optimizer).param_groups[0]
+    _, alpha, cos, restarts = logs(trainer, "elra_alpha", "elra_cos", "elra_restarts")[-1]
+    assert [alpha, cos, restarts] == [group["elra_alpha"], group["elra_cos"], 0.0]
+    assert group["alpha"] == "encoder"
 
 
 def test_other_optimizers_logs_are_left_alone(tmp_path):
