@@ -91,8 +91,8 @@ def cached(name: str, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether the kernels can work on the parameter ``p`` with this state."""
+def fits(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether a kernel is written for the parameter ``p`` with this state: layout and dtypes are those that it knows."""
     dtypes = {"variance": torch.float32}
     return (
         type(direction) in OPS
@@ -101,8 +101,12 @@ def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
             t.dtype == dtypes.get(name, p.dtype) and t.is_contiguous() and type(t) in PLAIN_TENSORS
             for name, t in {"p": p, **state}.items()
         )
-        and library() is not None
     )
+
+
+def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether the kernels can work on the parameter ``p`` with this state."""
+    return fits(direction, p, state) and library() is not None
 
 
 def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
