@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels
-from .groups import Groups, is_wide
+from .checkpoints import Checkpoints
+from .groups import is_wide
 from .pieces import PLAIN_TENSORS, Bucket
 from .reduce import Groups as Ranks
 from .reduce import gradient, groups_of, is_bare, local
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
     targets: list[Bucket]
 
 
-class Gatherer(Groups):
+class Gatherer(Checkpoints):
     """What `Elra` gathers before it measures."""
 
     check_sync: bool

@@ -113,7 +113,7 @@ class Elra(Launches):
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
         }
-        self._all_groups: list[dict[str, Any]] = []
+        self._all_groups = []
         super().__init__(params, defaults)
 
     @overload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,8 @@ class Bucket:
         packed: list[int] = []
         held = 0
         for i, p in enumerate(self.params):
-            if p.numel() > small and self._direct(i):
+            own = (p, *(column[i] for column in self.state.values()))
+            if p.numel() > (small if all(map(self._lies_ready, own)) else size):
                 yield from self._cut(i, size)
                 continue
             if packed and held + p.numel() > size:
@@ -114,72 +115,113 @@ class Bucket:
         if packed:
             yield self._pack(packed)
 
-    def _direct(self, i: int) -> bool:
-        """Whether tensor ``i`` can be worked on where it lies."""
-        own = (self.params[i], *(tensors[i] for tensors in self.state.values()))
-        return all(t.dtype == self.dtype and t.is_contiguous() for t in own)
+    def _lies_ready(self, t: Tensor) -> bool:
+        """Whether a tensor can be worked on where it lies."""
+        return t.dtype == self.dtype and t.is_contiguous()
 
     def _cut(self, i: int, size: int) -> Iterator[Piece]:
-        p, g = self.params[i].view(-1), self.grads[i].reshape(-1).to(self.dtype)
-        state = {name: tensors[i].view(-1) for name, tensors in self.state.items()}
-        for start in range(0, p.numel(), size):
-            part = slice(start, start + size)
-            yield self._opened(p[part], g[part], {name: t[part] for name, t in state.items()}, [])
+        """One tensor in parts; those that do not lie ready are copied, part by part."""
+        tensors = [self.params[i], self.grads[i], *(column[i] for column in self.state.values())]
+        if all(t.is_contiguous() for t in tensors):
+            tensors = [t.view(-1) for t in tensors]
+        for start, at in blocks(tensors[0].shape, size):
+            parts = [t[at] for t in tensors]
+            p, g, *state = (t.reshape(-1).to(self.dtype) for t in parts)
+            own = [[] if self._lies_ready(t) else [t] for t in (parts[0], *parts[2:])]
+            yield self._opened(p, g, state, own, [range(start, start + p.numel())])
 
     def _pack(self, rows: list[int]) -> Piece:
+        """Several tensors, copied one behind the other."""
+
         def flat(tensors: list[Tensor]) -> Tensor:
-            return torch.cat([tensors[i].reshape(-1) for i in rows]).to(self.dtype)
+            return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)
 
-        return self._opened(
-            flat(self.params), flat(self.grads), {name: flat(tensors) for name, tensors in self.state.items()}, rows
-        )
+        own = [[column[i] for i in rows] for column in (self.params, *self.state.values())]
+        p, *state = map(flat, own)
+        g = flat([self.grads[i] for i in rows])
+        return self._opened(p, g, state, own, [range(t.numel()) for t in own[0]])
 
-    def _opened(self, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: list[int]) -> Piece:
-        return Piece(self, p, -g if self.group["maximize"] else g, state, rows)
+    def _opened(self, p: Tensor, g: Tensor, state: list[Tensor], own: list[list[Tensor]], entries: list[range]) -> Piece:
+        return Piece(self, p, -g if self.group["maximize"] else g, dict(zip(self.state, state, strict=True)), own, entries)
+
+
+def blocks(shape: Sequence[int], size: int) -> Iterator[tuple[int, tuple[int | slice, ...]]]:
+    """Cut a tensor into parts of at most ``size`` consecutive entries: the number of the first, and an index."""
+    row = math.prod(shape[1:])
+    if row <= size:
+        step = size // row
+        yield from ((i * row, (slice(i, i + step),)) for i in range(0, shape[0], step))
+        return
+    for i in range(shape[0]):
+        yield from ((i * row + start, (i, *at)) for start, at in blocks(shape[1:], size))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Flat tensors of one length in the working dtype: x, descending G and the direction's state."""
+    """Flat tensors of one length in the working dtype: x, descending G and the direction's state.
+
+    Attributes:
+        own: for x and each state, the tensors that it was copied from, to be written back; none where it lies in its place.
+        entries: the numbers that the entries have in their tensors.
+    """
 
     bucket: Bucket
     p: Tensor
     g: Tensor
     state: dict[str, Tensor]
-    rows: list[int]
+    own: list[list[Tensor]]
+    entries: list[range]
 
     def close(self) -> None:
         """Write back what had to be copied. What is in bfloat16 is rounded up or down by chance, right in the mean."""
-        if not self.rows:
-            return
-        worked = {"": self.p, **self.state}
         chance, seed = self.bucket.group["stochastic_rounding"], self.bucket.counts["step"]
-        for salt, (name, tensor) in enumerate(worked.items()):
-            own = [(self.bucket.state[name] if name else self.bucket.params)[i] for i in self.rows]
+        numbered: Tensor | None = None
+        for salt, (worked, own) in enumerate(zip((self.p, *self.state.values()), self.own, strict=True)):
+            if not own:
+                continue
             if own[0].dtype == torch.bfloat16 and chance:
-                tensor = rounded(tensor, seed, salt)
-            parts = tensor.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
+                if numbered is None:
+                    ranges = [torch.arange(r.start, r.stop, device=worked.device) for r in self.entries]
+                    numbered = torch.cat(ranges).to(torch.int32)
+                worked = rounded(worked, seed, salt, numbered)
+            parts = worked.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
             torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(parts, own, strict=True)])
 
 
 # Of the noise that rounds: the same on all ranks, in a run that is resumed, and in every kernel. Source: Fibonacci hashing, and
 # the last steps of MurmurHash3.
+INFINITE = 0x7F800000  # the bits of ∞ in float32
 SPREAD, SEED, SALT, MIX = -1640531535, 668265263, 374761393, (-2048144789, -1028477387)
 
 
-def noise(count: int, seed: Tensor, salt: int) -> Tensor:
-    """``count`` whole numbers below 2^16, as if by chance, from the number of the step; shape (count,), int32."""
-    i = torch.arange(count, dtype=torch.int32, device=seed.device)
-    h = i * SPREAD + (seed.to(torch.int32) * SEED + salt * SALT)
-    h = (h ^ ((h >> 16) & 0xFFFF)) * MIX[0]
-    h = (h ^ ((h >> 13) & 0x7FFFF)) * MIX[1]
-    return (h ^ (h >> 16)) & 0xFFFF
+def noise(entries: int | Tensor, seed: Tensor, salt: int) -> Tensor:
+    """Whole numbers below 2^16, as if by chance, from the number of the step; int32.
+
+    Args:
+        entries: the numbers of the entries, int32, or how many there are.
+        seed: the number of the step, 0-dim.
+        salt: which of the tensors of a parameter is meant.
+    """
+    i = entries if isinstance(entries, Tensor) else torch.arange(entries, dtype=torch.int32, device=seed.device)
+    h = (i * SPREAD).add_(seed.to(i.device, torch.int32) * SEED + salt * SALT)
+    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(MIX[0])
+    h.bitwise_xor_((h >> 13).bitwise_and_(0x7FFFF)).mul_(MIX[1])
+    return h.bitwise_xor_(h >> 16).bitwise_and_(0xFFFF)
 
 
-def rounded(x: Tensor, seed: Tensor, salt: int) -> Tensor:
-    """float32 to bfloat16, up with the probability that makes the mean right; what is not finite stays as it is."""
-    up = ((x.view(torch.int32) + noise(x.numel(), seed.to(x.device), salt)) & -65536).view(torch.float32)
-    return torch.where(torch.isfinite(x) & torch.isfinite(up), up, x).to(torch.bfloat16)
+def rounded(x: Tensor, seed: Tensor, salt: int, entries: Tensor | None = None) -> Tensor:
+    """float32 to bfloat16, up with the probability that makes the mean right; what is not finite stays as it is.
+
+    Args:
+        x: flat.
+        seed: the number of the step, 0-dim.
+        salt: which of the tensors of a parameter it is.
+        entries: the numbers of the entries, int32; default: from 0 on.
+    """
+    chance, bits = noise(x.numel() if entries is None else entries, seed.to(x.device), salt), x.view(torch.int32)
+    # the digits that bfloat16 lacks; none where x is not finite or would not stay so. A comparison takes the CPU ten passes
+    low = (bits & 0x7FFFFFFF).sub_(INFINITE).add_(chance).bitwise_right_shift_(31).bitwise_and_(0xFFFF)
+    return chance.bitwise_and_(low).add_(bits).bitwise_and_(low.bitwise_not_()).view(torch.float32).to(torch.bfloat16)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

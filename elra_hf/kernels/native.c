@@ -1,9 +1,11 @@
 /* The step of `directions.Adam` and `directions.Momentum` on the CPU: one pass to measure, one to update.
 
    Tensors are cut into pieces of `PIECE` entries, counted through all of them. `run` works on the pieces [begin, end), so that
-   threads can share the work, and sums do not depend on how many there are: in float over `BLOCK` entries, in double beyond. */
+   threads can share the work, and sums do not depend on how many there are: in float over `BLOCK` entries, in double beyond.
+   All arithmetic is in float; what is in bfloat16 is copied to and fro, block by block. */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define PIECE 65536
 #define BLOCK 1024
@@ -13,7 +15,10 @@
 typedef struct {
     int64_t count;
     const int64_t *sizes;
-    float *const *p, *const *g, *const *way, *const *mean, *const *variance;
+    void *const *p, *const *g, *const *way, *const *mean, *const *variance;
+    int bf16, bf16_grads; /* p, way and mean; g. All others are in float */
+    int chance;           /* how bfloat16 is rounded */
+    uint32_t seed;
 } Tensors;
 
 typedef struct {
@@ -24,21 +29,66 @@ typedef struct {
     float rate, decay, share;
 } Numbers;
 
-/* One piece of n entries. */
+/* One block of n entries. */
 typedef void Work(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,
                   float *restrict v, const Numbers *c, double *restrict sums);
 
 static Work adam_measure, adam_update, momentum_measure, momentum_update;
 static Work *const works[] = {adam_measure, adam_update, momentum_measure, momentum_update};
 
+/* n entries from the i-th on as floats: where they lie, or copied to `room`. */
+static float *opened(const void *tensor, int64_t i, int64_t n, int bf16, float *restrict room) {
+    if (!tensor || !bf16) return tensor ? (float *)tensor + i : 0;
+    const uint16_t *from = (const uint16_t *)tensor + i;
+    for (int64_t j = 0; j < n; j++) {
+        const uint32_t bits = (uint32_t)from[j] << 16;
+        memcpy(room + j, &bits, sizeof bits);
+    }
+    return room;
+}
+
+static inline int finite_bits(uint32_t bits) { return (bits & 0x7F800000) != 0x7F800000; }
+
+/* Round n floats to bfloat16; see `pieces.rounded`. */
+static void closed(void *tensor, int64_t i, int64_t n, const float *restrict room, int chance, uint32_t seed, uint32_t salt) {
+    uint16_t *restrict to = (uint16_t *)tensor + i;
+    const uint32_t start = seed * 668265263u + salt * 374761393u;
+    for (int32_t j = 0; j < (int32_t)n; j++) {
+        uint32_t bits, h = ((uint32_t)i + j) * 2654435761u + start;
+        memcpy(&bits, room + j, sizeof bits);
+        h = (h ^ h >> 16) * 2246822507u;
+        h = (h ^ h >> 13) * 3266489909u;
+        const uint32_t up = bits + ((h ^ h >> 16) & 0xFFFF);
+        const uint32_t nearest = bits + 0x7FFF + (bits >> 16 & 1);
+        const uint32_t other = (bits & 0x7FFFFFFF) > 0x7F800000 ? bits | 0x400000 : nearest; /* not a number stays so */
+        to[j] = (chance & finite_bits(bits) & finite_bits(up) ? up : other) >> 16;
+    }
+}
+
+static void block(int op, const Tensors *t, int64_t k, int64_t i, int64_t n, const Numbers *c, double *sums) {
+    float room[4][BLOCK];
+    const int updates = op % 2;
+    float *p = updates ? opened(t->p[k], i, n, t->bf16, room[0]) : 0;
+    float *g = opened(t->g[k], i, n, t->bf16_grads, room[1]);
+    float *way = opened(t->way[k], i, n, t->bf16, room[2]);
+    float *m = opened(t->mean[k], i, n, t->bf16, room[3]);
+    works[op](n, p, g, way, m, opened(t->variance[k], i, n, 0, 0), c, sums);
+    if (updates && t->bf16) {
+        closed(t->p[k], i, n, p, t->chance, t->seed, 0);
+        closed(t->way[k], i, n, way, t->chance, t->seed, 1);
+        if (m) closed(t->mean[k], i, n, m, t->chance, t->seed, 2);
+    }
+}
+
 void run(int op, const Tensors *t, const Numbers *c, int64_t begin, int64_t end, double *sums) {
     int64_t piece = 0;
     for (int64_t k = 0; k < t->count && piece < end; k++) {
-        for (int64_t i = 0; i < t->sizes[k] && piece < end; i += PIECE, piece++) {
+        for (int64_t from = 0; from < t->sizes[k] && piece < end; from += PIECE, piece++) {
             if (piece < begin) continue;
-            const int64_t n = t->sizes[k] - i < PIECE ? t->sizes[k] - i : PIECE;
-            works[op](n, t->p[k] + i, t->g[k] + i, t->way[k] + i, t->mean[k] ? t->mean[k] + i : 0,
-                      t->variance[k] ? t->variance[k] + i : 0, c, sums + piece * PRODUCTS);
+            const int64_t to = from + PIECE < t->sizes[k] ? from + PIECE : t->sizes[k];
+            for (int64_t i = from; i < to; i += BLOCK) {
+                block(op, t, k, i, to - i < BLOCK ? to - i : BLOCK, c, sums + piece * PRODUCTS);
+            }
         }
     }
 }
@@ -46,21 +96,18 @@ void run(int op, const Tensors *t, const Numbers *c, int64_t begin, int64_t end,
 static void adam_measure(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,
                          float *restrict v, const Numbers *c, double *restrict sums) {
     const float fresh = c->fresh, eps = c->eps;
-    for (int64_t from = 0; from < n; from += BLOCK) {
-        const int64_t to = from + BLOCK < n ? from + BLOCK : n;
-        float gg = 0, gm = 0, gs = 0, mm = 0, ss = 0;
+    float gg = 0, gm = 0, gs = 0, mm = 0, ss = 0;
 #pragma omp simd reduction(+ : gg, gm, gs, mm, ss)
-        for (int64_t i = from; i < to; i++) {
-            const float metric = sqrtf(v[i] * (1 - fresh) + fresh * g[i] * g[i]) + eps;
-            const float inverse = 1 / metric;
-            gg += g[i] * g[i] * inverse;
-            gm += g[i] * m[i] * inverse;
-            gs += g[i] * way[i];
-            mm += m[i] * m[i] * inverse;
-            ss += way[i] * way[i] * metric;
-        }
-        sums[0] += gg, sums[1] += c->sign * gm, sums[2] += c->sign * gs, sums[3] += mm, sums[4] += ss;
+    for (int64_t i = 0; i < n; i++) {
+        const float metric = sqrtf(v[i] * (1 - fresh) + fresh * g[i] * g[i]) + eps;
+        const float inverse = 1 / metric;
+        gg += g[i] * g[i] * inverse;
+        gm += g[i] * m[i] * inverse;
+        gs += g[i] * way[i];
+        mm += m[i] * m[i] * inverse;
+        ss += way[i] * way[i] * metric;
     }
+    sums[0] += gg, sums[1] += c->sign * gm, sums[2] += c->sign * gs, sums[3] += mm, sums[4] += ss;
 }
 
 static void adam_update(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,
@@ -79,24 +126,21 @@ static void adam_update(int64_t n, float *restrict p, const float *restrict g, f
 
 static void momentum_measure(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,
                              float *restrict v, const Numbers *c, double *restrict sums) {
-    for (int64_t from = 0; from < n; from += BLOCK) {
-        const int64_t to = from + BLOCK < n ? from + BLOCK : n;
-        float gg = 0, gm = 0, gs = 0, mm = 0, ss = 0;
+    float gg = 0, gm = 0, gs = 0, mm = 0, ss = 0;
 #pragma omp simd reduction(+ : gg, gs, ss)
-        for (int64_t i = from; i < to; i++) {
-            gg += g[i] * g[i];
-            gs += g[i] * way[i];
-            ss += way[i] * way[i];
-        }
-        if (m) {
-#pragma omp simd reduction(+ : gm, mm)
-            for (int64_t i = from; i < to; i++) {
-                gm += g[i] * m[i];
-                mm += m[i] * m[i];
-            }
-        }
-        sums[0] += gg, sums[1] += c->sign * gm, sums[2] += c->sign * gs, sums[3] += mm, sums[4] += ss;
+    for (int64_t i = 0; i < n; i++) {
+        gg += g[i] * g[i];
+        gs += g[i] * way[i];
+        ss += way[i] * way[i];
     }
+    if (m) {
+#pragma omp simd reduction(+ : gm, mm)
+        for (int64_t i = 0; i < n; i++) {
+            gm += g[i] * m[i];
+            mm += m[i] * m[i];
+        }
+    }
+    sums[0] += gg, sums[1] += c->sign * gm, sums[2] += c->sign * gs, sums[3] += mm, sums[4] += ss;
 }
 
 static void momentum_update(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,

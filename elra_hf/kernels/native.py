@@ -28,13 +28,19 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 PIECE = 65536  # as in native.c
 PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
 OPS: dict[type, tuple[int, int]] = {Adam: (0, 1), Momentum: (2, 3)}  # (to measure, to update)
+TYPES = (torch.float32, torch.bfloat16)  # of weights and gradients
 WORTH_A_THREAD = 8  # pieces
 
 
 class Tensors(ctypes.Structure):
     """The tensors of a bucket as native.c sees them."""
 
-    _fields_ = [("count", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("sizes", "p", "g", "way", "mean", "variance"))]
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sizes", "p", "g", "way", "mean", "variance")),
+        *((name, ctypes.c_int) for name in ("bf16", "bf16_grads", "chance")),
+        ("seed", ctypes.c_uint32),
+    ]
 
 
 class CNumbers(ctypes.Structure):
@@ -85,14 +91,22 @@ def cached(name: str, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether the kernels can work on the parameter ``p`` with this state."""
-    tensors = (p, *state.values())
+def fits(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether a kernel is written for the parameter ``p`` with this state: layout and dtypes are those that it knows."""
+    dtypes = {"variance": torch.float32}
     return (
         type(direction) in OPS
-        and all(t.dtype == torch.float32 and t.is_contiguous() and type(t) in PLAIN_TENSORS for t in tensors)
-        and library() is not None
+        and p.dtype in TYPES
+        and all(
+            t.dtype == dtypes.get(name, p.dtype) and t.is_contiguous() and type(t) in PLAIN_TENSORS
+            for name, t in {"p": p, **state}.items()
+        )
     )
+
+
+def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether the kernels can work on the parameter ``p`` with this state."""
+    return fits(direction, p, state) and library() is not None
 
 
 def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
@@ -109,7 +123,9 @@ def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -
 def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
     lib = library()
     assert lib is not None
-    grads = [g if g.dtype == torch.float32 and g.is_contiguous() else g.float().contiguous() for g in bucket.grads]
+    dtype = bucket.params[0].dtype
+    grad = dtype if all(g.dtype == dtype for g in bucket.grads) else torch.float32
+    grads = [g.to(grad).contiguous() for g in bucket.grads]
     sizes = [p.numel() for p in bucket.params]
     pieces = sum(-(-n // PIECE) for n in sizes)
     columns = [
@@ -122,7 +138,9 @@ def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
     count = len(sizes)
     arrays = [(ctypes.c_int64 * count)(*sizes)]
     arrays += [(ctypes.c_int64 * count)(*([t.data_ptr() for t in column] if column else ())) for column in columns]
-    tensors = Tensors(count, *map(ctypes.addressof, arrays))
+    chance, seed = bucket.group["stochastic_rounding"], int(bucket.counts["step"])
+    half = [d == torch.bfloat16 for d in (dtype, grad)]
+    tensors = Tensors(count, *map(ctypes.addressof, arrays), *half, chance, seed)
     sign = -1.0 if bucket.group["maximize"] else 1.0
     c = CNumbers(sign, *map(float, numbers[:6]), decay, float(numbers.share))
     sums = torch.zeros(pieces, len(PRODUCTS), dtype=torch.float64, device="cpu")  # whatever the default device is

@@ -8,26 +8,36 @@ Tensors of another dtype take launches of their own.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..directions import Adam, Counts, Direction, Momentum, Move
-from ..pieces import MIX, PLAIN_TENSORS, SALT, SEED, SPREAD, Bucket
+from ..directions import Counts, Direction, Move
+from ..pieces import MIX, SALT, SEED, SPREAD, Bucket
+from .native import fits
+from .sheets import sheets_of
 
-CHUNK = 2**14
 BLOCK = 2**10
 PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
 # What a bucket's row of numbers holds, in the order of the kernels; see `Numbers` and `Move`.
 NUMBERS = ("fresh", "first", "rate", "share", "taken", "back", "decay", "beta1", "beta2", "eps", "sign", "step")
 WIDTH = tl.constexpr(len(NUMBERS))
 SPREADS = tl.constexpr((SPREAD, SEED, SALT, *MIX))
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _chunk(table, chunks, tensors):
+    """A program's tensor, first entry, number of entries, bucket and place; and whether it loads 16 bytes at a time.
+
+    The last has to be known where the loop is compiled.
+    """
+    row = chunks + 5 * tl.program_id(0)
+    k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
+    return k, start, n, tl.load(row + 3), tl.load(row + 4), (tl.load(table + 5 * tensors + k) != 0) & (n % 16 == 0)
 
 
 @triton.jit
@@ -38,9 +48,15 @@ def _column(table, column: tl.constexpr, tensors, k, start, dtype: tl.constexpr,
 
 
 @triton.jit
-def _is_wide(table, tensors, k, n):
-    """Whether the chunk can be loaded 16 bytes at a time, which has to be known where the loop is compiled."""
-    return (tl.load(table + 5 * tensors + k) != 0) & (n % 16 == 0)
+def _columns(table, tensors, k, start, n, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr):
+    """The number of entries, and where the chunk begins in x, G, the way, m and v."""
+    if wide:
+        n = n // 16 * 16  # which the compiler understands
+    p = _column(table, 0, tensors, k, start, dtype, wide)
+    g = _column(table, 1, tensors, k, start, grad, wide)
+    way = _column(table, 2, tensors, k, start, dtype, wide)
+    m = _column(table, 3, tensors, k, start, dtype, wide)
+    return n, p, g, way, m, _column(table, 4, tensors, k, start, tl.float32, wide)
 
 
 @triton.jit
@@ -49,10 +65,9 @@ def _measure(
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The five products of one chunk, to ``sums``, shape (chunks, 5)."""
-    row = chunks + 5 * tl.program_id(0)
-    k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
-    mine, to = numbers + WIDTH * tl.load(row + 3), sums + 5 * tl.load(row + 4)
-    if _is_wide(table, tensors, k, n):
+    k, start, n, b, place, wide = _chunk(table, chunks, tensors)
+    mine, to = numbers + WIDTH * b, sums + 5 * place
+    if wide:
         _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, True, BLOCK)
     else:
         _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, False, BLOCK)
@@ -64,12 +79,7 @@ def _measure_chunk(
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if wide:
-        n = n // 16 * 16  # which the compiler understands
-    g_at = _column(table, 1, tensors, k, start, grad, wide)
-    way_at = _column(table, 2, tensors, k, start, dtype, wide)
-    m_at = _column(table, 3, tensors, k, start, dtype, wide)
-    v_at = _column(table, 4, tensors, k, start, tl.float32, wide)
+    n, _, g_at, way_at, m_at, v_at = _columns(table, tensors, k, start, n, dtype, grad, wide)
     fresh, eps, sign = tl.load(mine), tl.load(mine + 9), tl.load(mine + 10)
     gg = tl.zeros((BLOCK,), tl.float32)
     gm = tl.zeros((BLOCK,), tl.float32)
@@ -134,10 +144,9 @@ def _update(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0."""
-    row = chunks + 5 * tl.program_id(0)
-    k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
-    mine = numbers + WIDTH * tl.load(row + 3)
-    if _is_wide(table, tensors, k, n):
+    k, start, n, b, _, wide = _chunk(table, chunks, tensors)
+    mine = numbers + WIDTH * b
+    if wide:
         _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, True, BLOCK)
     else:
         _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, False, BLOCK)
@@ -149,13 +158,7 @@ def _update_chunk(
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
     wide: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if wide:
-        n = n // 16 * 16  # which the compiler understands
-    p_at = _column(table, 0, tensors, k, start, dtype, wide)
-    g_at = _column(table, 1, tensors, k, start, grad, wide)
-    way_at = _column(table, 2, tensors, k, start, dtype, wide)
-    m_at = _column(table, 3, tensors, k, start, dtype, wide)
-    v_at = _column(table, 4, tensors, k, start, tl.float32, wide)
+    n, p_at, g_at, way_at, m_at, v_at = _columns(table, tensors, k, start, n, dtype, grad, wide)
     taken, back, decay = tl.load(mine + 4), tl.load(mine + 5), tl.load(mine + 6)
     fresh, first = tl.load(mine) * taken, tl.load(mine + 1) * taken
     rate, share = tl.load(mine + 2), tl.load(mine + 3) * taken
@@ -192,13 +195,7 @@ def _update_chunk(
 
 def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether the kernels can work on the parameter ``p`` with this state."""
-    if type(direction) not in (Adam, Momentum) or torch.compiler.is_compiling():
-        return False
-    dtypes = {"variance": torch.float32}
-    return p.dtype in TYPES and all(
-        t.dtype == dtypes.get(name, p.dtype) and t.is_contiguous() and type(t) in PLAIN_TENSORS
-        for name, t in {"p": p, **state}.items()
-    )
+    return fits(direction, p, state) and not torch.compiler.is_compiling()
 
 
 def numbers(direction: Direction, bucket: Bucket, counts: Counts, move: Move, like: Tensor) -> Tensor:
@@ -211,102 +208,21 @@ def numbers(direction: Direction, bucket: Bucket, counts: Counts, move: Move, li
 
 def measure(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> Tensor:
     """The inner products `PRODUCTS` of each bucket, shape (buckets, 5)."""
-    sheets, bounds = _sheets(direction, buckets)
+    sheets, bounds = sheets_of(direction, buckets)
     sums = numbers.new_empty(sum(len(sheet.chunks) for sheet in sheets), len(PRODUCTS))
     rows = numbers.new_empty(len(buckets), len(PRODUCTS))
     for sheet in sheets:
         arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers, sums)
         options = {name: value for name, value in sheet.options.items() if name != "chance"}
-        _measure[(len(sheet.chunks),)](*arguments, **options)
+        _measure[(len(sheet.chunks),)](*arguments, **options, BLOCK=BLOCK)
     _total[(len(buckets),)](sums, bounds, rows, BLOCK=512)
     return rows
 
 
 def update(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> None:
     """Take a step, or undo one."""
-    for sheet in _sheets(direction, buckets)[0]:
-        _update[(len(sheet.chunks),)](sheet.table, sheet.chunks, sheet.table.shape[1], numbers, **sheet.options)
+    for sheet in sheets_of(direction, buckets)[0]:
+        arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers)
+        _update[(len(sheet.chunks),)](*arguments, **sheet.options, BLOCK=BLOCK)
     for bucket in buckets:
         torch.autograd.graph.increment_version(bucket.params)
-
-
-class Sheet(NamedTuple):
-    """What one launch works on.
-
-    Attributes:
-        table: addresses, and whether all of a tensor's are multiples of 16, shape (6, tensors).
-        chunks: (tensor, first entry, entries, bucket, place of its sums), shape (chunks, 5).
-        grads: copies of gradients must live as long as their addresses.
-        options: constants of the kernels.
-    """
-
-    table: Tensor
-    chunks: Tensor
-    grads: list[Tensor]
-    options: dict[str, Any]
-
-
-def _sheets(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet], Tensor]:
-    """The launches of these buckets, found once a step; and where their sums begin and end, shape (buckets, 2)."""
-    kept = buckets[0].tables
-    if "sheets" not in kept:
-        device = buckets[0].params[0].device
-        kinds: dict[tuple[Any, ...], list[tuple[int, list[Tensor], list[Tensor] | None]]] = {}
-        for b, bucket in enumerate(buckets):
-            grads = [g.contiguous() if g.dtype in TYPES else g.float().contiguous() for g in bucket.grads]
-            if len({g.dtype for g in grads}) > 1:
-                grads = [g.float() for g in grads]
-            momentum = bucket.state.get("mean") or bucket.state.get("momentum")
-            chance = bucket.group["stochastic_rounding"] and bucket.params[0].dtype == torch.bfloat16
-            kind = bucket.params[0].dtype, grads[0].dtype, momentum is not None, chance
-            kinds.setdefault(kind, []).append((b, grads, momentum))
-        sizes = tuple(
-            tuple((b, tuple(p.numel() for p in buckets[b].params)) for b, *_ in members) for members in kinds.values()
-        )
-        chunks, bounds = _chunks(sizes, device)
-        sheets = []
-        for (dtype, grad, with_momentum, chance), members, rows in zip(kinds, kinds.values(), chunks, strict=True):
-            columns: list[list[int]] = [[], [], [], [], []]
-            for b, grads, momentum in members:
-                state = buckets[b].state
-                every = (buckets[b].params, grads, state["way"], momentum, state.get("variance"))
-                for column, tensors in zip(columns, every, strict=True):
-                    column += [t.data_ptr() for t in tensors] if tensors else [0] * len(grads)
-            options = {
-                "adam": isinstance(direction, Adam),
-                "momentum": with_momentum,
-                "dtype": TYPES[dtype],
-                "grad": TYPES[grad],
-                "chance": chance,
-                "BLOCK": BLOCK,
-            }
-            aligned = [int(all(address % 16 == 0 for address in addresses)) for addresses in zip(*columns, strict=True)]
-            table = _uploaded(tuple(map(tuple, [*columns, aligned])), device)
-            sheets.append(Sheet(table, rows, [g for _, grads, _ in members for g in grads], options))
-        kept["sheets"] = sheets, bounds
-    found: tuple[list[Sheet], Tensor] = kept["sheets"]
-    return found
-
-
-@functools.lru_cache(maxsize=16)
-def _uploaded(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The table on the device; kept, since most steps find the same addresses."""
-    table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
-
-
-@functools.lru_cache(maxsize=16)
-def _chunks(sheets: tuple[Any, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """The chunks of each sheet, given as (bucket, numbers of entries of its tensors), and the bounds of all buckets."""
-    found, bounds, at = [], {}, 0
-    for members in sheets:
-        rows, k = [], 0
-        for b, sizes in members:
-            start = at
-            for n in sizes:
-                parts = range(0, n, CHUNK)
-                rows += [(k, i, min(CHUNK, n - i), b, at + j) for j, i in enumerate(parts)]
-                at, k = at + len(parts), k + 1
-            bounds[b] = start, at
-        found.append(torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 5).to(device))
-    return found, torch.tensor([bounds[b] for b in sorted(bounds)], dtype=torch.int64, device="cpu").to(device)

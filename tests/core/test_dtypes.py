@@ -265,8 +265,10 @@ def small_steps(cls, steps, **options):
     return x, optimizer
 
 
+@pytest.mark.parametrize("kernels", ["plain", ""])
 @every
-def test_steps_below_the_resolution_move_bfloat16_in_the_mean(cls):
+def test_steps_below_the_resolution_move_bfloat16_in_the_mean(cls, kernels, monkeypatch):
+    monkeypatch.setenv("ELRA_KERNELS", kernels)
     x, optimizer = small_steps(cls, 30)
     moved = 1.0 - x.detach().double().mean().item()
     assert moved == pytest.approx(30e-4, rel=0.05)

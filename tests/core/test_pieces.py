@@ -1,9 +1,14 @@
-"""Inner products of more numbers than torch.dot takes at once: as a small limit shows, they are those of the whole."""
+"""What is done in parts is what would be done with the whole: inner products, and steps."""
+
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from elra_hf import pieces
+from elra_hf import C2Min, Elra, ElraAdamW, SuccessiveGradients, pieces
+from recipes.benchmarks.speed import memory
 
 from .problems import VARIANTS, flat, net, train
 
@@ -51,3 +56,74 @@ def test_a_run_in_pieces_is_the_run(cls, limit, monkeypatch):
     monkeypatch.undo()
     assert losses == pytest.approx(train(whole, cls(whole.parameters()), range(20)), rel=1e-9)
     torch.testing.assert_close(flat(cut), flat(whole), rtol=1e-9, atol=1e-12)
+
+
+@given(shape=st.lists(st.integers(1, 7), max_size=4), size=st.integers(1, 60))
+def test_blocks_are_the_tensor_in_its_order(shape, size):
+    whole = torch.arange(math.prod(shape)).view(shape)
+    if whole.ndim == 0:
+        return  # one number is never cut
+    found = list(pieces.blocks(whole.shape, size))
+    parts = [whole[at].reshape(-1) for _, at in found]
+    assert torch.equal(torch.cat(parts), whole.view(-1))
+    assert [part[0] for part in parts] == [start for start, _ in found]
+    assert max(map(len, parts)) <= size
+
+
+LAYOUTS = {
+    "as it is": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "with gaps": lambda t: torch.stack([t, t], -1)[..., 0],
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def steps(cls, dtype, layout, count=4, shapes=((40, 50), (3, 5), (7,), (30, 20))):
+    """Steps whose rate is held, as sums of other parts would change its last digits."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape in shapes:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        params.append((LAYOUTS[layout](x) if x.ndim > 1 else x).requires_grad_())
+    optimizer = cls(params, bounds=(1e-3, 1.0000001e-3))
+    for _ in range(count):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+        optimizer.step()
+    return [p.detach().clone() for p in params], optimizer
+
+
+def successive(params, **options):
+    """The other direction, which no kernel takes."""
+    return Elra(params, SuccessiveGradients(), C2Min(horizon=math.inf), **options)
+
+
+@pytest.mark.parametrize("kernels", ["plain", ""])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", [*VARIANTS.values(), successive])
+def test_how_tensors_are_cut_changes_no_bit(cls, dtype, layout, kernels, monkeypatch):
+    """Nor do layouts, and which chance rounds bfloat16 follows from the place in the tensor alone."""
+    monkeypatch.setenv("ELRA_KERNELS", kernels)
+    whole, _ = steps(cls, dtype, "as it is")
+    for sizes in ((64, 16), (333, 50)):
+        monkeypatch.setattr(pieces, "CPU_SIZES", sizes)
+        for p, truth in zip(steps(cls, dtype, layout)[0], whole, strict=True):
+            if kernels == "plain":
+                assert torch.equal(p, truth)  # elsewhere another order of the arithmetic
+            elif dtype == torch.float32:
+                torch.testing.assert_close(p, truth, rtol=1e-6, atol=1e-7)
+            else:
+                assert (p != truth).sum() <= 2
+
+
+@pytest.mark.parametrize("kernels", ["plain", ""])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", [ElraAdamW, successive])
+def test_no_temporary_above_a_mebibyte(cls, dtype, layout, kernels, monkeypatch):
+    monkeypatch.setenv("ELRA_KERNELS", kernels)
+    _, optimizer = steps(cls, dtype, layout, count=2, shapes=((1500, 800), (500, 300), (7,)))
+    extra, largest = memory(optimizer.step, torch.device("cpu"))
+    assert 0 < largest <= 2**20
+    assert extra <= 5 * 2**20

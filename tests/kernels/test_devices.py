@@ -59,6 +59,7 @@ class Launch:
 @pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
 def test_around_the_kernels(cls, scope, monkeypatch):
     fuse, triton = pytest.importorskip("elra_hf.kernels.fuse"), pytest.importorskip("elra_hf.kernels.triton")
+    sheets = pytest.importorskip("elra_hf.kernels.sheets")
     launched: list[str] = []
     for name in ("_measure", "_total", "_update"):
         monkeypatch.setattr(triton, name, Launch(name, launched))
@@ -74,11 +75,11 @@ def test_around_the_kernels(cls, scope, monkeypatch):
     monkeypatch.setattr(gather, "PLAIN_TENSORS", (*gather.PLAIN_TENSORS, FakeTensor))
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 16 * id(tensor))
     monkeypatch.setattr(torch.autograd.graph, "increment_version", lambda tensors: None)
-    for cached in (triton._uploaded, triton._chunks):
+    for cached in (sheets._uploaded, sheets._chunks):
         cached.cache_clear()
     with FakeTensorMode():
         train(cls, scope, lambda: launched.append("|"))
-    for cached in (triton._uploaded, triton._chunks):  # they hold what has no numbers
+    for cached in (sheets._uploaded, sheets._chunks):  # they hold what has no numbers
         cached.cache_clear()
     last = " ".join(launched).split("|")[-2].split()
     if scope != "tensor":

@@ -1,0 +1,112 @@
+"""Adam's direction, in its own metric."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import is_number
+from ..pieces import Piece, Scalar, add_scaled, dot
+from .base import Counts, Move, Numbers, check_betas, gradient, share
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam's direction d_t = P_t^{-1} m̂_t in its own metric, P_t = diag(√v_t + ε). Source: arXiv 1412.6980; the weights ours.
+
+    Each square is weighed with the rate that it was met at: S_t = β2 S_{t-1} + η_t, v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}).
+    At a constant rate this is Adam with its bias correction; otherwise the squares that were met while the rate was looked
+    for, high up and at tiny rates, would stay in v for the whole of a short run.
+    Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry
+    that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
+    State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
+    of bfloat16, and a v kept there would never fall.
+
+    Args:
+        betas: (β1, β2), each in [0, 1).
+        eps: ε > 0.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
+    counters: ClassVar[tuple[str, ...]] = ("step", "weight")
+    explodes: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.check(self.defaults())
+
+    def defaults(self) -> dict[str, Any]:
+        return {"betas": self.betas, "eps": self.eps}
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_betas(group["betas"])
+        if not (is_number(group["eps"]) and 0.0 < group["eps"] < math.inf):
+            raise ValueError(f"eps={group['eps']!r} is invalid: give a small positive number, e.g. 1e-8")
+
+    def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        return {"way": param.dtype, "mean": param.dtype, "variance": torch.promote_types(param.dtype, torch.float32)}
+
+    @staticmethod
+    def _fresh(beta2: float, counts: Counts, rate: Scalar) -> tuple[Any, Any]:
+        """(S_t, η_t/S_t), the latter 1 before any step has moved."""
+        total = beta2 * counts["weight"] + rate
+        if isinstance(total, Tensor):
+            return total, torch.where(total > 0, rate / total, 1.0)
+        return total, rate / total if total > 0 else 1.0
+
+    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        correction = 1.0 / (1.0 - beta1 ** (counts["step"] * 1.0 + 1.0)) if beta1 else 1.0
+        return Numbers(beta1, beta2, eps, self._fresh(beta2, counts, rate)[1], 0.0, rate * correction, share(counts))
+
+    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+        c = self.numbers(piece.bucket.group, counts, last)
+        fresh = c.fresh
+        g, way = piece.g, piece.state["way"]
+        metric = piece.state["variance"] * (1.0 - fresh)
+        if isinstance(fresh, float):
+            metric.addcmul_(g, g, value=fresh)
+        else:
+            metric.addcmul_(g * fresh, g)
+        metric.sqrt_().add_(c.eps)
+        work = g / metric
+        found = {"gg": dot(work, g), "gs": dot(g, way)}
+        found["gm"] = dot(work, piece.state["mean"])
+        found["ss"] = dot(torch.mul(way, metric, out=work), way)
+        found["mm"] = dot(torch.div(piece.state["mean"], metric, out=work), piece.state["mean"])
+        return [found[need] for need in needs]
+
+    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+        c = self.numbers(piece.bucket.group, counts, move.rate)
+        p, way, m, v = piece.p, piece.state["way"], piece.state["mean"], piece.state["variance"]
+        g = gradient(piece, move)
+        if not isinstance(move.back, float) or move.back:
+            add_scaled(p, way, move.back)
+            way.mul_(1.0 - move.back)
+            m.mul_(1.0 - move.back)
+        if move.decay is not None:
+            add_scaled(way, p, move.decay)
+            add_scaled(p, p, -move.decay)
+        m.lerp_(g, (1.0 - c.beta1) * move.taken)
+        fresh = c.fresh * move.taken
+        v.mul_(1.0 - fresh)
+        if isinstance(fresh, float):
+            v.addcmul_(g, g, value=fresh)
+        else:
+            v.addcmul_(g * fresh, g)
+        moved = v.sqrt().add_(c.eps)
+        torch.div(m, moved, out=moved)
+        for y, sign in ((p, -1.0), (way, 1.0)):
+            add_scaled(y, moved, sign * c.rate)
+        way.mul_(1.0 - move.taken * c.share)
+
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        total, _ = self._fresh(group["betas"][1], counts, move.rate)
+        weight = counts["weight"] + move.taken * (total - counts["weight"])
+        return {"step": counts["step"] + move.taken, "weight": weight}

@@ -1,0 +1,125 @@
+"""What a direction is: the letters, what a step is told, and what `Elra` asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checks import is_number
+from ..pieces import Piece, Scalar
+
+Counts = Mapping[str, Any]  # of one age, by name; `Scalar`s
+
+
+class Move(NamedTuple):
+    """The verdict on a step, for one bucket.
+
+    Attributes:
+        rate: η, what multiplies d_t; 0 where the step is not taken.
+        decay: share of x that the weight decay takes, or None.
+        taken: 1 where G_t enters the state, else 0.
+        back: 1 where the last step or steps are to be undone, else 0.
+        kept: 0 where past gradients are to be forgotten, else 1.
+        last: η of the step before, 0 where it did not move these tensors.
+    """
+
+    rate: Scalar
+    decay: Scalar | None
+    taken: Scalar
+    back: Scalar
+    kept: Scalar
+    last: Scalar
+
+
+class Numbers(NamedTuple):
+    """What a pass over tensors multiplies with, for one bucket.
+
+    Attributes:
+        beta1: what is left of the momentum.
+        beta2: what the momentum weighs in the direction, of `Momentum`.
+        eps: Adam's ε.
+        fresh: what G_t² weighs in v.
+        first: 1 where the momentum is G_t beforehand, else 0.
+        rate: what multiplies the momentum over √v, or the direction.
+        share: of x_{t+1} in the average of all iterates.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    fresh: Scalar
+    first: Scalar
+    rate: Scalar
+    share: Scalar
+
+
+class Direction(Protocol):
+    """What `Elra` asks of a direction.
+
+    Attributes:
+        offers: the names of the inner products that ``measure`` can take.
+        counters: the names of what tensors of one age count together, ``step`` among them.
+        explodes: a gradient that has suddenly grown makes a step that has.
+        relative: entries of d are of order 1, so that rates are comparable to weights.
+    """
+
+    offers: ClassVar[frozenset[str]]
+    counters: ClassVar[tuple[str, ...]]
+    explodes: ClassVar[bool]
+    relative: ClassVar[bool]
+
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters that go into every parameter group."""
+        ...
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError when a group's hyperparameter is out of range."""
+        ...
+
+    def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        """The state of one parameter: tensors shaped like it, by name, with their dtypes."""
+        ...
+
+    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
+        """What a pass multiplies with: the update with its η, the measurement with the last one. For kernels."""
+        ...
+
+    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+        """Return the inner products ``needs`` of a piece, 0-dim, from the state before the step; ``last`` as in `Move`."""
+        ...
+
+    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+        """Take the step: change ``p`` and ``state`` of the piece in place."""
+        ...
+
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        """Return the counts as they are after the step."""
+        ...
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raise ValueError unless ``betas`` is a pair of numbers in [0, 1)."""
+    pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
+    if not (pair and all(0.0 <= float(b) < 1.0 for b in betas)):
+        raise ValueError(f"betas={betas!r} is invalid: give a pair of numbers in [0, 1)")
+
+
+def gradient(piece: Piece, move: Move) -> Tensor:
+    """G_t, or 0 where it is not taken: a bad number must not meet the state even with a weight of 0."""
+    if isinstance(move.taken, float):
+        return piece.g if move.taken else torch.zeros_like(piece.g)
+    return torch.where(move.taken > 0, piece.g, 0.0)
+
+
+def share(counts: Counts) -> Scalar:
+    """The share of x_{t+1} in the average of all iterates, x_1 included: 1 / (t + 1)."""
+    result: Scalar = 1.0 / (counts["step"] + 2.0)
+    return result
+
+
+def as_number(flag: Any) -> Any:
+    """1 or 0, as a float or a tensor."""
+    return flag.float() if isinstance(flag, Tensor) else float(flag)
