@@ -44,7 +44,7 @@ test-transformers4: .venv-tf4/.installed
 test-deepspeed: .venv-ds/.installed
 	DS_ACCELERATOR=cpu .venv-ds/bin/python -m pytest tests/distributed/test_zero.py tests/recipes/test_bare_loop.py $(ARGS)
 
-# other people's trainers, in an environment of their own: trl, sentence-transformers, setfit, timm, and the doors of others
+# other people's trainers, in an environment of their own: trl, sentence-transformers, setfit, timm, LLaMA-Factory, and the doors of others
 test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest tests/trainers $(ARGS)
 
@@ -93,4 +93,8 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	.venv-trainers/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 torchtitan==0.3.0 spmd_types==0.2.3
 	# timm aside, since its torchvision is built for CUDA, and transformers would import it
 	.venv-trainers/bin/python -m pip install --quiet --no-deps --target .venv-trainers/timm timm==1.0.31 torchvision==0.28.0 pillow
+	# LLaMA-Factory aside with the older trl that it takes, and torchaudio without its compiled part, which is built for CUDA
+	.venv-trainers/bin/python -m pip install --quiet --no-deps --target .venv-trainers/llamafactory \
+		llamafactory==0.9.5 omegaconf==2.4.0 torchaudio==2.11.0 trl==0.24.0
+	rm -r .venv-trainers/llamafactory/torchaudio/lib
 	touch $@
