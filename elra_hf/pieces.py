@@ -17,6 +17,7 @@ DEVICE_SIZES = (2**27, 2**20)
 
 SIZES = ("logs", "count", "fans", "entries", "size")  # see `Bucket.sizes`
 
+MOST_OF_SIZES = 2**22  # entries whose size is taken at once: an embedding and its logarithms may not fit the device
 MOST_OF_DOT = 2**30  # numbers that torch.dot is given at once; on CUDA it refuses 2**31
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # no subclass, whose memory may be something else
@@ -88,12 +89,14 @@ class Bucket:
         if not self.new:
             return result
         for p, g, fan in zip(self.params, self.grads, self.fans, strict=True):
-            x = torch.where(g != 0, p, 0.0) if self.padded else p
-            used, entries = x != 0, (g != 0).sum() if self.padded else x.new_ones((), dtype=torch.int64) * x.numel()
-            logs = torch.where(used, x.abs().to(self.dtype), 1.0).log().sum()
-            fans = -0.5 * math.log(fan) * entries.to(self.dtype)  # a whole number would become one of the default dtype
-            numbers = (logs, used.sum(), fans, entries, x.to(self.dtype).square().sum())
-            result += torch.stack([number.to(self.dtype) for number in numbers])
+            small = p.numel() <= MOST_OF_SIZES
+            for at in [...] if small else [at for _, at in blocks(p.shape, MOST_OF_SIZES)]:
+                x = torch.where(g[at] != 0, p[at], 0.0) if self.padded else p[at]
+                used, entries = x != 0, (g[at] != 0).sum() if self.padded else x.new_full((), x.numel(), dtype=torch.int64)
+                logs = torch.where(used, x.abs().to(self.dtype), 1.0).log().sum()
+                fans = -0.5 * math.log(fan) * entries.to(self.dtype)  # a whole number would become one of the default dtype
+                numbers = (logs, used.sum(), fans, entries, x.to(self.dtype).square().sum())
+                result += torch.stack([number.to(self.dtype) for number in numbers])
         return result
 
     def pieces(self) -> Iterator[Piece]:

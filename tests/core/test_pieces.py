@@ -127,3 +127,20 @@ def test_no_temporary_above_a_mebibyte(cls, dtype, layout, kernels, monkeypatch)
     extra, largest = memory(optimizer.step, torch.device("cpu"))
     assert 0 < largest <= 2**20
     assert extra <= 5 * 2**20
+
+
+@pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
+def test_the_first_rate_of_what_is_looked_at_in_parts(cls, monkeypatch):
+    def first_rate():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7, 3), (40,), ())]
+        params.append(torch.nn.Parameter(torch.randn(6, 9).t()))
+        optimizer = cls(params)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        return float(optimizer.param_groups[0]["alpha"])
+
+    whole = first_rate()
+    monkeypatch.setattr(pieces, "MOST_OF_SIZES", 4)
+    assert first_rate() == pytest.approx(whole, rel=1e-6)
