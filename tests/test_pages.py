@@ -1,14 +1,9 @@
-"""README and the pages of docs/: their Python blocks and commands run as they stand, and their links lead somewhere.
+"""README and the pages: their Python blocks run as they stand, and their links lead somewhere. For commands: test_commands.py.
 
-A block or command that needs what a test does not have says so: its first line, or its end, is a comment "needs …".
+A block that needs what a test does not have says so: its first line is a comment "needs …".
 """
 
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -18,22 +13,16 @@ from tests.recipes.conftest import rows_csv, tiny_model  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# mkdocs checks the links of docs/
+PAGES_OF_THE_REPOSITORY = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "recipes").rglob("*.md")),
+]
 # the trainers in the second line have tests of their own, tests/trainers
 NEEDS = re.compile(
     r"# needs (GPUs|a GPU|the hub|several processes|DeepSpeed|"
     r"sd-scripts|sentence-transformers|timm|axolotl|torchtitan|LLaMA-Factory|ms-swift)\b"
 )
-# what makes a recipe take seconds; the last of two equal options counts
-SMALL = {
-    "recipes.text_classification.train": "--model_name_or_path {model} --train_file {rows} --freeze_layers 1 --max_steps 2 "
-    "--output_dir {out} --use_cpu true --report_to none",
-    "recipes.language_modeling.train": "--train_file {text} --layers 1 --width 32 --vocab_size 300 --block_size 16 "
-    "--max_steps 2 --output_dir {out} --use_cpu true --report_to none",
-    "recipes.image_classification.train": "--data.dataset mnist_5k --trainer.max_epochs 1 --trainer.limit_train_batches 2 "
-    "--trainer.log_every_n_steps 1 --model.net cnn --model.width 4 --trainer.accelerator cpu --trainer.logger.save_dir {out}",
-    "recipes.bare_loop.train": "--steps 2 --layers 1 --width 32",
-    "elra_hf.run": "--output_dir {out} --max_steps 2 --use_cpu true --report_to none",
-}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -42,12 +31,6 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
-COMMANDS = [
-    line for page in PAGES for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines() if line
-]
-RUNNING = sorted(
-    {line.split(" # ")[0].strip() for line in COMMANDS if not line.startswith(("make", "pip")) and not NEEDS.search(line)}
-)
 
 
 @pytest.mark.parametrize(
@@ -65,47 +48,12 @@ def test_most_of_them_run():
     assert len([block for _, block in PYTHON if NEEDS.match(block)]) <= 5 < 12 <= len(PYTHON)
 
 
-@pytest.mark.parametrize("command", RUNNING)
-def test_commands_run(command, tmp_path, tiny_model, rows_csv):  # noqa: F811
-    """In a copy of the folders that they name, and as small as can be."""
-    [module] = [name for name in SMALL if f"-m {name}" in command]
-    for name in ("recipes", "elra_hf"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "tests/run/plain_script.py", tmp_path / "train.py")
-    (tmp_path / "book.txt").write_text(Path(rows_csv).read_text() * 4)
-    small = SMALL[module].format(model=tiny_model, rows=rows_csv, text=tmp_path / "book.txt", out=tmp_path / "out")
-    words = [*shlex.split(command), *shlex.split(small)]
-    if "--replace" in words:
-        (tmp_path / "train.py").write_text(OWN_ADAMW)
-    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # torchrun --standalone, which takes a free port: several tests run at a time
-    environment = os.environ | {"PATH": paths, "PET_STANDALONE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+def test_extras_that_pip_is_told_exist():
+    told = {extra for page in PAGES for extra in re.findall(r"\.\[(\w+)\]", page.read_text())}
+    assert {"transformers", "lightning", "recipes"} <= told <= set(metadata.metadata("elra_hf").get_all("Provides-Extra"))
 
 
-OWN_ADAMW = """
-import torch
-optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=1e-3)
-assert type(optimizer).__name__ == "ElraAdamW"
-"""
-
-
-@pytest.mark.parametrize("command", sorted({line.split(" # ")[0].strip() for line in COMMANDS if line.startswith("make")}))
-def test_make_knows_its_targets(command):
-    shutil.which("make") or pytest.skip("no make")
-    done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 0, done.stderr
-    if command == "make demo":
-        assert "recipes.text_classification.train --optim elra_adamw" in done.stdout
-
-
-@pytest.mark.parametrize("command", sorted({line.split(" # ")[0].strip() for line in COMMANDS if line.startswith("pip")}))
-def test_extras_that_pip_is_told_exist(command):
-    assert set(re.findall(r"\.\[(\w+)\]", command)) <= set(metadata.metadata("elra_hf").get_all("Provides-Extra"))
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES_OF_THE_REPOSITORY, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
