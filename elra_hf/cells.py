@@ -12,9 +12,6 @@ from .groups import is_wide
 from .pieces import Bucket
 from .reduce import local
 
-# What is left of the longest gradient's square after a step.
-NORM_MEMORY = 0.98
-
 
 class Verdict(NamedTuple):
     """What becomes of a step.
@@ -25,6 +22,7 @@ class Verdict(NamedTuple):
         cos: the cosines that the rule saw, shape (cells,).
         memory: what the cells keep, by name, each of shape (cells,).
         witness: what all groups keep of the losses, by name, 0-dim.
+        lengths: what they keep of the gradients' norms, by name, 0-dim.
         taken: G_t is finite, not zero, and no explosion; 0-dim bool.
         bad: a restart; 0-dim bool.
         back: the restart undoes what led to it; 0-dim bool.
@@ -37,6 +35,7 @@ class Verdict(NamedTuple):
     cos: Tensor
     memory: dict[str, Tensor]
     witness: dict[str, Tensor]
+    lengths: dict[str, Tensor]
     taken: Tensor
     bad: Tensor
     back: Tensor
@@ -143,14 +142,13 @@ class Cells(Gatherer):
     def _written(self, verdict: Verdict, groups: dict[str, Tensor], shares: Tensor) -> Tensor:
         """The table after the step, shape (groups, names)."""
         own, taken, now = self._of_groups(verdict, groups), verdict.taken, shares[:, 1]
-        longest = torch.maximum(NORM_MEMORY * groups["longest"], verdict.square)
         own |= {
             **{name: value.expand_as(now) for name, value in verdict.witness.items()},
             "cos": torch.where(taken, own["cos"], groups["cos"]),
             "restarts": groups["restarts"] + verdict.bad,
             "skipped": (~torch.isfinite(verdict.square)).to(now).expand_as(now),
             "clamps": groups["clamps"] + verdict.clamped,
-            "longest": torch.where(taken, longest, groups["longest"]),
+            **{name: torch.where(taken, value, groups[name]) for name, value in verdict.lengths.items()},
             "peak": torch.where(taken, torch.maximum(groups["peak"], now), groups["peak"]),
             "multiplier": torch.where(verdict.bad, 0.0, torch.where(taken, now, groups["multiplier"])),
         }

@@ -24,6 +24,8 @@ SCALARS = {
     "clamps": 0.0,
     "skipped": 0.0,
     "longest": 0.0,
+    "lasting": 0.0,
+    "calm": 0.0,
     "multiplier": 0.0,
     "peak": 0.0,
     "loss": 0.0,

@@ -9,7 +9,7 @@ from torch import Tensor
 from .cells import Cells, Verdict
 from .pieces import SIZES
 from .rules import Decision
-from .witness import WITNESS, exploded_loss, exploded_norm
+from .witness import NORMS, WITNESS, exploded_loss, exploded_norm, norms
 
 
 class Judge(Cells):
@@ -34,10 +34,13 @@ class Judge(Cells):
         """Let the rule adapt the rates; restart, or bound them."""
         needs, alpha = self._needs, before["alpha"]
         live = total[:, len(needs) + 2] != 0
-        squares = total[:, len(needs) : len(needs) + 2].sum(0)
-        if self._apart:
-            dist.all_reduce(squares, group=self.process_group)  # all restart, or none
-        square, known = squares.unbind()
+        sums, unbounded = total.sum(0), self._unbounded(alpha, before["scale"]).sum()
+        if self._apart:  # all restart, or none
+            dist.all_reduce(sums, group=self.process_group)
+            dist.all_reduce(unbounded, group=self.process_group)
+        square, known = sums[len(needs)], sums[len(needs) + 1]
+        # whether the gradient points back to the average of the iterates; the paper's rule has none, and a square is never < 0
+        overshot = (sums[needs.index("gs")] if "gs" in needs else known) < 0
         memory = {name: before[name] for name in self._cell_names}
         young = memory["steps"] == 0  # ranks, groups and tensors may be born one by one
         for name, column in zip(SIZES, total[:, len(needs) + 3 :].unbind(1), strict=False):
@@ -56,10 +59,10 @@ class Judge(Cells):
         some, finite = square != 0, torch.isfinite(square)
         there = [i for i, group in enumerate(self.param_groups) if not self._absent(group)] or [*range(len(shares))]
         # what all groups share, of one whose turn it is
-        longest, skipped, *seen = (groups[name][there[0]] for name in ("longest", "skipped", *WITNESS))
+        longest, lasting, calm, skipped, *seen = (groups[name][there[0]] for name in (*NORMS, "skipped", *WITNESS))
         moved = groups["multiplier"].unbind()
         moving = torch.stack([moved[i] for i in there]).amax() > 0
-        exploded = exploded_norm(known, longest) & moving & self.direction.explodes
+        exploded = exploded_norm(known, longest, lasting, calm, overshot) & moving & (unbounded > 0)
         # so that a step along the new gradient is no longer than one along the longest was
         shrink = torch.where(exploded, (longest / known).sqrt().clamp(max=self.restart_factor), self.restart_factor)
         back = exploded
@@ -77,7 +80,18 @@ class Judge(Cells):
         after = {**decision.memory, "steps": memory["steps"] + 1.0}
         memory |= {name: torch.where(taken & live, value, memory[name]) for name, value in after.items()}
         clamped, witness = (bounded != adapted).any(), dict(zip(WITNESS, seen, strict=True))
-        return Verdict(bounded, alpha, decision.cos, memory, witness, taken, bad, back, clamped, square)
+        lengths = dict(zip(NORMS, norms(square, known, longest, lasting, calm, moving), strict=True))
+        return Verdict(bounded, alpha, decision.cos, memory, witness, lengths, taken, bad, back, clamped, square)
+
+    def _unbounded(self, alpha: Tensor, scale: Tensor) -> Tensor:
+        """1 for each cell in which a gradient that has grown makes a step that has grown, else 0.
+
+        A direction whose entries are of order 1 bounds its steps by the rate. That is no bound where the rate is above the size
+        of the weights, as it gets to be where gradients vanish and the squares of Adam are those of long ago.
+        """
+        if self.direction.explodes:
+            return torch.ones_like(alpha)
+        return ((alpha > scale) & (scale > 0)).to(alpha)
 
     def _weights(self, groups: dict[str, Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
         """How much the last step of each cell says about the schedule's full rate, and the highest share so far.

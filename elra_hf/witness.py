@@ -9,6 +9,14 @@ from torch import Tensor
 # it in one step on a quadratic before the rate has passed the edge of stability. Not than the one before: where most of the
 # data are learnt, a batch now and then has a gradient that is ten times as long as that of the others.
 NORM_EXPLOSION = 10.0
+# The same where it has grown step by step and points back: two lengths that no step may raise by more than these factors, the
+# first so that one long gradient is no explosion, the second so that what it is compared with does not keep up with one.
+LASTING_RISE = 3.0
+CALM_RISE = 1.1
+# What is left of the longest gradient's square after a step.
+NORM_MEMORY = 0.98
+# What is kept of the gradients' squares: the longest of late, and these two lengths.
+NORMS = ("longest", "lasting", "calm")
 # A loss above the mean of late by this many times that mean, or its spread if that is more. Source: the method's authors (25
 # times the best); the mean ours, since with small batches the best loss is one that swung far down.
 LOSS_EXPLOSION = 25.0
@@ -19,9 +27,22 @@ LOSSES = 10
 WITNESS = ("loss", "spread", "losses")
 
 
-def exploded_norm(square: Tensor, longest: Tensor) -> Tensor:
-    """Whether ‖G_t‖² is that of an explosion, beside the square of the longest gradient of late."""
-    return torch.isfinite(square) & (square > NORM_EXPLOSION**2 * longest)
+def norms(square: Tensor, known: Tensor, longest: Tensor, lasting: Tensor, calm: Tensor, moving: Tensor) -> tuple[Tensor, ...]:
+    """`NORMS` after a gradient of that square, ``known`` without tensors that have only come or come back.
+
+    The last two start anew with such tensors, and where x had not moved, as after an explosion.
+    """
+    goes_on = moving & (calm > 0) & (known >= square)
+    lasting = torch.where(goes_on, torch.minimum(square, LASTING_RISE**2 * lasting), square)
+    calm = torch.where(goes_on, torch.maximum(NORM_MEMORY * calm, torch.minimum(square, CALM_RISE**2 * calm)), square)
+    return torch.maximum(NORM_MEMORY * longest, square), lasting, calm
+
+
+def exploded_norm(square: Tensor, longest: Tensor, lasting: Tensor, calm: Tensor, overshot: Tensor) -> Tensor:
+    """Whether ‖G_t‖² is that of an explosion, beside `NORMS`: at once, or step by step and past the minimum."""
+    limit = NORM_EXPLOSION**2
+    grown = overshot & (torch.minimum(square, LASTING_RISE**2 * lasting) > limit * calm) & (calm > 0)
+    return torch.isfinite(square) & ((square > limit * longest) | grown)
 
 
 def exploded_loss(value: Tensor, mean: Tensor, spread: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

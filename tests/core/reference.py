@@ -72,14 +72,16 @@ def average_method(factor, gradient: Gradient, x0, steps: int, betas, schedule=c
     """The same momentum; ``factor(signal, clock, weight)`` is the rule, and the average of the iterates its memory."""
     beta1, beta2 = betas
     x = np.array(x0, dtype=np.float64)
-    iterates, shares, m, alpha, clock, longest = [x.copy()], [], None, None, 0.0, 0.0
+    iterates, shares, m, alpha, clock, longest, lasting, calm = [x.copy()], [], None, None, 0.0, 0.0, 0.0, 0.0
     xs, alphas = [], []
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         size = np.linalg.norm(g)
         if alpha is None:
             alpha = clamp(0.003 * np.linalg.norm(x) / size)
-        if shares and shares[-1] > 0 and size > 10.0 * longest:
+        moving = bool(shares) and shares[-1] > 0
+        overshot = g @ (np.mean(iterates, axis=0) - x) < 0
+        if moving and (size > 10.0 * longest or (overshot and min(size, 3.0 * lasting) > 10.0 * calm)):
             x = np.mean(iterates, axis=0)
             alpha = clamp(alpha * min(1 / 3, longest / size))
             iterates, m = [x.copy()], None
@@ -98,6 +100,8 @@ def average_method(factor, gradient: Gradient, x0, steps: int, betas, schedule=c
             x = x - alpha * shares[-1] * d
             iterates.append(x.copy())
             longest = max(np.sqrt(0.98) * longest, size)
+            lasting = min(size, 3.0 * lasting) if moving else size
+            calm = max(np.sqrt(0.98) * calm, min(size, 1.1 * calm)) if moving else size
         xs.append(x.copy())
         alphas.append(alpha)
     return np.array(xs), np.array(alphas)

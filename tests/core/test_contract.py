@@ -425,6 +425,71 @@ def test_a_long_gradient_now_and_then_is_no_explosion(cls):
     assert optimizer.param_groups[0]["restarts"].item() == 0
 
 
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+@pytest.mark.parametrize("away", [1.0, -1.0])
+def test_a_gradient_that_grows_step_by_step_is_an_explosion_where_it_points_back(cls, away):
+    """Threefold a step, which no step is ten times the last. Where it points on, x leaves a saddle, and nothing is wrong."""
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x], lr=1e-3, bounds=(1e-3, 1.001e-3))
+    restarts = []
+    for t in range(20):
+        growth = 3.0 ** max(t - 9, 0)
+        x.grad = torch.tensor([-1.0, 0.0], dtype=torch.float64) * growth * (away if t > 9 else 1.0)
+        optimizer.step()
+        restarts.append(optimizer.param_groups[0]["restarts"].item())
+    if away == 1.0:
+        assert restarts[-1] == 0
+    else:
+        assert restarts.index(1) == 12  # 27 times as long as that of step 9, which counts as 1.1² times as long by then
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("warm", [False, True])
+def test_data_without_noise_do_not_blow_the_run_up(cls, seed, warm):
+    """On the whole of the data at every step the rate climbs past what is stable: once there the loss is not to run away."""
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(*shape, generator=generator) for shape in ((256, 8), (8, 32), (32, 3)))
+    y = torch.tanh(0.4 * x @ a) @ b
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 3))
+    optimizer = cls(model.parameters())
+    shares = (lambda t: min((t + 1) / 50, (300 - t) / 250)) if warm else (lambda t: 1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
+    losses = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 < 10.0 < losses[0]
+    assert max(losses) < 1e3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_data_that_are_learnt_wholly_do_not_tear_adams_weights_apart(seed):
+    """The loss falls to 0 and the rate rises above the size of the weights, until a batch of some gradient comes."""
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(*shape, generator=generator) for shape in ((256, 8), (8, 32), (32, 3)))
+    y = (torch.tanh(0.4 * x @ a) @ b).argmax(1)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    optimizer = ElraAdamW(model.parameters())
+    losses, rates = [], []
+    for _ in range(700):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        rates.append(rate(optimizer))
+    assert max(rates) > 1.0
+    assert optimizer.param_groups[0]["restarts"] > 0
+    assert losses[-1] < 1e-4
+
+
 @every
 def test_an_exploded_loss_restarts_once_and_lowers_the_rate(cls):
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
