@@ -80,7 +80,7 @@ class Judge(Cells):
         after = {**decision.memory, "steps": memory["steps"] + 1.0}
         memory |= {name: torch.where(taken & live, value, memory[name]) for name, value in after.items()}
         clamped, witness = (bounded != adapted).any(), dict(zip(WITNESS, seen, strict=True))
-        lengths = dict(zip(NORMS, norms(square, longest, lasting, calm, moving), strict=True))
+        lengths = dict(zip(NORMS, norms(square, known, longest, lasting, calm, moving), strict=True))
         return Verdict(bounded, alpha, decision.cos, memory, witness, lengths, taken, bad, back, clamped, square)
 
     def _unbounded(self, alpha: Tensor, scale: Tensor) -> Tensor:

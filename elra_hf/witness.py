@@ -27,11 +27,14 @@ LOSSES = 10
 WITNESS = ("loss", "spread", "losses")
 
 
-def norms(square: Tensor, longest: Tensor, lasting: Tensor, calm: Tensor, moving: Tensor) -> tuple[Tensor, ...]:
-    """`NORMS` after a gradient of that square. Where x had not moved, as after an explosion, they start anew."""
-    known = moving & (calm > 0)
-    lasting = torch.where(known, torch.minimum(square, LASTING_RISE**2 * lasting), square)
-    calm = torch.where(known, torch.maximum(NORM_MEMORY * calm, torch.minimum(square, CALM_RISE**2 * calm)), square)
+def norms(square: Tensor, known: Tensor, longest: Tensor, lasting: Tensor, calm: Tensor, moving: Tensor) -> tuple[Tensor, ...]:
+    """`NORMS` after a gradient of that square, ``known`` without tensors that have only come or come back.
+
+    The last two start anew with such tensors, and where x had not moved, as after an explosion.
+    """
+    goes_on = moving & (calm > 0) & (known >= square)
+    lasting = torch.where(goes_on, torch.minimum(square, LASTING_RISE**2 * lasting), square)
+    calm = torch.where(goes_on, torch.maximum(NORM_MEMORY * calm, torch.minimum(square, CALM_RISE**2 * calm)), square)
     return torch.maximum(NORM_MEMORY * longest, square), lasting, calm
 
 
