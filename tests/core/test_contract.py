@@ -131,6 +131,7 @@ def test_refuses_to_be_captured(cls, monkeypatch):
     assert torch.equal(flat(model), before)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch may not trace a step (docs/cost.md); torch 2.6 cannot")
 @every
 def test_compiles_to_the_same_result(cls):
     """Without a graph break, and compiled three times at most. The first step is taken by itself, for it reads a tensor lr."""
