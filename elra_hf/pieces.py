@@ -106,32 +106,35 @@ class Bucket:
         packed: list[int] = []
         held = 0
         for i, p in enumerate(self.params):
-            own = (p, *(column[i] for column in self.state.values()))
-            if p.numel() > (small if all(map(self._lies_ready, own)) else size):
+            n = p.numel()
+            if n > size or (n > small and all(self._ready([p, *(column[i] for column in self.state.values())]))):
                 yield from self._cut(i, size)
                 continue
-            if packed and held + p.numel() > size:
+            if packed and held + n > size:
                 yield self._pack(packed)
                 packed, held = [], 0
             packed.append(i)
-            held += p.numel()
+            held += n
         if packed:
             yield self._pack(packed)
 
-    def _lies_ready(self, t: Tensor) -> bool:
-        """Whether a tensor can be worked on where it lies."""
-        return t.dtype == self.dtype and t.is_contiguous()
+    def _ready(self, tensors: list[Tensor]) -> list[bool]:
+        """Which tensors can be worked on where they lie."""
+        dtype = self.dtype
+        return [t.dtype == dtype and t.is_contiguous() for t in tensors]
 
     def _cut(self, i: int, size: int) -> Iterator[Piece]:
         """One tensor in parts; those that do not lie ready are copied, part by part."""
         tensors = [self.params[i], self.grads[i], *(column[i] for column in self.state.values())]
+        dtype, ready = self.dtype, [False] * len(tensors)
         if all(t.is_contiguous() for t in tensors):
             tensors = [t.view(-1) for t in tensors]
+            ready = self._ready(tensors)
         for start, at in blocks(tensors[0].shape, size):
             parts = [t[at] for t in tensors]
-            p, g, *state = (t.reshape(-1).to(self.dtype) for t in parts)
-            own = [[] if self._lies_ready(t) else [t] for t in (parts[0], *parts[2:])]
-            yield self._opened(p, g, state, own, [range(start, start + p.numel())])
+            p, g, *state = (t if r else t.reshape(-1).to(dtype) for t, r in zip(parts, ready, strict=True))
+            copied = [[] if r else [t] for t, r in zip(parts, ready, strict=True)]
+            yield self._opened(p, g, state, [copied[0], *copied[2:]], [range(start, start + p.numel())])
 
     def _pack(self, rows: list[int]) -> Piece:
         """Several tensors, copied one behind the other."""

@@ -125,7 +125,7 @@ def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
     assert lib is not None
     dtype = bucket.params[0].dtype
     grad = dtype if all(g.dtype == dtype for g in bucket.grads) else torch.float32
-    grads = [g.to(grad).contiguous() for g in bucket.grads]
+    grads = [g if g.dtype == grad and g.is_contiguous() else g.to(grad).contiguous() for g in bucket.grads]
     sizes = [p.numel() for p in bucket.params]
     pieces = sum(-(-n // PIECE) for n in sizes)
     columns = [
