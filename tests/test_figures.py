@@ -1,5 +1,6 @@
 """Figures in README, pages and cards are those of the committed rows."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -164,3 +165,29 @@ def test_the_rate_found():
     assert f"ends at {average[4]} of its loss" in page
     assert f"the worst is {worst[4]}, {name})" in page
     assert f"5e-5, it ends at {average[5]}." in page
+
+
+def costs(path: str) -> dict[tuple[str, str, str], str]:
+    """What a step costs over fused AdamW's, by weights, dtype and optimizer."""
+    rows = map(json.loads, (RESULTS / path).read_text().splitlines())
+    return {(row["net"], row["dtype"], row["optimizer"]): f"{float(format(row['ratio'][1], '.2g')):g}" for row in rows}
+
+
+def test_what_a_step_costs():
+    measured, plain = costs("speed-amd-epyc.jsonl"), costs("plain/speed-amd-epyc.jsonl")
+    page = (ROOT / "docs/cost.md").read_text()
+    shown = [cells for cells in table_rows(page, "AdamW, .+|Elra.+") if len(cells) == 6]
+    names = {"AdamW, `foreach": "AdamW foreach", "ElraP2Min(betas=(0, 0))": "ElraP2Min, betas 0"}
+    assert len(shown) == 5
+    for name, *cells in shown:
+        nets = [("MiniLM", "fp32"), ("20 M", "fp32"), ("tiny", "fp32"), ("MiniLM", "bf16"), ("20 M", "bf16")]
+        assert cells == [measured[(*net, names.get(name, name))] for net in nets]
+    first = {dtype: measured["MiniLM", dtype, "ElraAdamW"] for dtype in ("fp32", "bf16")}
+    each = measured["MiniLM", "fp32", "AdamW foreach"]
+    slow = {dtype: plain["20 M", dtype, "ElraAdamW"] for dtype in ("fp32", "bf16")}
+    readme, page = README.replace("\n", " "), page.replace("\n", " ")
+    assert f"takes {first['fp32']} times that of fused AdamW, in bfloat16 {first['bf16']} times (MiniLM's shapes;" in readme
+    assert f"`foreach` AdamW {each}, [table]" in readme
+    assert f"without a C compiler {slow['fp32']} and {slow['bf16']} times" in readme
+    assert f"`ElraAdamW` takes {slow['fp32']} times fused AdamW's step" in page
+    assert f"in bfloat16 {slow['bf16']} times" in page
