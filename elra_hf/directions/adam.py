@@ -16,11 +16,12 @@ from .base import Counts, Move, Numbers, check_betas, gradient, share
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam's direction d_t = P_t^{-1} m̂_t in its own metric, P_t = diag(√v_t + ε). Source: arXiv 1412.6980; the weights ours.
+    """Adam's direction d_t = P_t^{-1} m_t in its own metric, P_t = diag(√v_t + ε). Source: arXiv 1412.6980; the weights ours.
 
-    Each square is weighed with the rate that it was met at: S_t = β2 S_{t-1} + η_t, v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}).
-    At a constant rate this is Adam with its bias correction; otherwise the squares that were met while the rate was looked
-    for, high up and at tiny rates, would stay in v for the whole of a short run.
+    Each gradient is weighed with the rate that it was met at: with S_t = β S_{t-1} + η_t, of β1 for m and of β2 for v,
+    m_t = m_{t-1} + (η_t/S_t)(G_t - m_{t-1}) and v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}). At a constant rate this is Adam with
+    its bias correction. Otherwise what was met while the rate was looked for, high up and at tiny rates, would damp the first
+    steps at the rate found, and stay in v for the whole of a short run.
     Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry
     that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
     State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
@@ -34,7 +35,7 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
-    counters: ClassVar[tuple[str, ...]] = ("step", "weight")
+    counters: ClassVar[tuple[str, ...]] = ("step", "mean_weight", "variance_weight")
     explodes: ClassVar[bool] = False
     relative: ClassVar[bool] = True
 
@@ -53,17 +54,19 @@ class Adam:
         return {"way": param.dtype, "mean": param.dtype, "variance": torch.promote_types(param.dtype, torch.float32)}
 
     @staticmethod
-    def _fresh(beta2: float, counts: Counts, rate: Scalar) -> tuple[Any, Any]:
+    def _fresh(beta: float, weight: Scalar, rate: Scalar) -> tuple[Any, Any]:
         """(S_t, η_t/S_t), the latter 1 before any step has moved."""
-        total = beta2 * counts["weight"] + rate
+        total = beta * weight + rate
         if isinstance(total, Tensor):
             return total, torch.where(total > 0, rate / total, 1.0)
         return total, rate / total if total > 0 else 1.0
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
-        (beta1, beta2), eps = group["betas"], group["eps"]
-        correction = 1.0 / (1.0 - beta1 ** (counts["step"] * 1.0 + 1.0)) if beta1 else 1.0
-        return Numbers(beta1, beta2, eps, self._fresh(beta2, counts, rate)[1], 0.0, rate * correction, share(counts))
+        beta1, beta2 = group["betas"]
+        of_mean, of_variance = (
+            self._fresh(beta, counts[name], rate)[1] for beta, name in ((beta1, "mean_weight"), (beta2, "variance_weight"))
+        )
+        return Numbers(1.0 - of_mean, beta2, group["eps"], of_variance, 0.0, rate, share(counts))
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         c = self.numbers(piece.bucket.group, counts, last)
@@ -107,6 +110,10 @@ class Adam:
         way.mul_(1.0 - move.taken * c.share)
 
     def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
-        total, _ = self._fresh(group["betas"][1], counts, move.rate)
-        weight = counts["weight"] + move.taken * (total - counts["weight"])
-        return {"step": counts["step"] + move.taken, "weight": weight}
+        beta1, beta2 = group["betas"]
+        mean, variance = counts["mean_weight"], counts["variance_weight"]
+        return {
+            "step": counts["step"] + move.taken,
+            "mean_weight": (mean + move.taken * (self._fresh(beta1, mean, move.rate)[0] - mean)) * (1.0 - move.back),
+            "variance_weight": variance + move.taken * (self._fresh(beta2, variance, move.rate)[0] - variance),
+        }

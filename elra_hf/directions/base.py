@@ -47,7 +47,7 @@ class Numbers(NamedTuple):
         share: of x_{t+1} in the average of all iterates.
     """
 
-    beta1: float
+    beta1: Scalar
     beta2: float
     eps: float
     fresh: Scalar

@@ -77,11 +77,11 @@ class Altered:
 
 
 class EvenAdam(Adam):
-    """Adam as it was published: each square counts alike, whatever the rate that it was met at."""
+    """Adam as it was published: each gradient counts alike, whatever the rate that it was met at."""
 
     @staticmethod
-    def _fresh(beta2: float, counts: Counts, rate: Scalar) -> tuple[Any, Any]:
-        total = beta2 * counts["weight"] + 1.0
+    def _fresh(beta: float, weight: Scalar, rate: Scalar) -> tuple[Any, Any]:
+        total = beta * weight + 1.0
         return total, 1.0 / total
 
 
@@ -130,7 +130,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no vote of momentum": (Adam(), Altered(TRACKING, blind)),
         "listens in a decay": (Adam(), Altered(TRACKING, restless)),
         "starts at 1e-5": (Adam(), replace(TRACKING, first=None)),
-        "squares count alike": (EvenAdam(), TRACKING),
+        "gradients count alike": (EvenAdam(), TRACKING),
         "average weighted by t": (LateAdam(), TRACKING),
     },
     "elra_c2min": {

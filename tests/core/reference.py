@@ -144,7 +144,7 @@ def adamw(
     beta1, beta2 = betas
     x = np.array(x0, dtype=np.float64)
     alpha = 0.005 * np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
-    iterates, shares, clock, total = [x.copy()], [], 0.0, 0.0
+    iterates, shares, clock, mean_weight, total = [x.copy()], [], 0.0, 0.0, 0.0
     m, v, rate = np.zeros_like(x), np.zeros_like(x), 0.0
     xs, alphas = [], []
     for t in range(1, steps + 1):
@@ -159,10 +159,10 @@ def adamw(
             clock += w
         shares.append(schedule(t))
         rate = alpha * shares[-1]
-        total = beta2 * total + rate
-        m = beta1 * m + (1 - beta1) * g
+        mean_weight, total = beta1 * mean_weight + rate, beta2 * total + rate
+        m = m + rate / mean_weight * (g - m)
         v = v + rate / total * (g * g - v)
-        x = x - rate * m / (1 - beta1**t) / (np.sqrt(v) + eps)
+        x = x - rate * m / (np.sqrt(v) + eps)
         iterates.append(x.copy())
         xs.append(x.copy())
         alphas.append(alpha)

@@ -84,7 +84,7 @@ def test_update(name, move, step, maximize, kind):
     theirs = plain(ours)
     taken, back = float(move in ("taken", "decayed")), float(move == "undone")
     values = {"rate": 0.01 * taken, "decay": 0.003 * taken, "taken": taken, "back": back, "kept": taken, "last": 0.02}
-    counts = {"step": step, "weight": step * 0.01}
+    counts = {"step": step, "mean_weight": step * 0.007, "variance_weight": step * 0.01}
     if not taken:
         for g in (*ours.grads, *theirs.grads):
             g.fill_(torch.nan)
@@ -126,7 +126,7 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(kernels.measure(Adam(), made, {"step": 3.0, "weight": 0.1}, 0.01, NEEDS))
+            found.append(kernels.measure(Adam(), made, {"step": 3.0, "mean_weight": 0.06, "variance_weight": 0.1}, 0.01, NEEDS))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -166,7 +166,7 @@ def test_a_layout_that_changes_in_place_is_seen(monkeypatch):
 def moved(direction, made, kind, **values):
     """What a step makes of a bucket, in a list: weights, then states by name."""
     values = {"rate": 2.0**-9, "decay": 2.0**-7, "taken": 1.0, "back": 0.0, "kept": 1.0, "last": 0.02, **values}
-    counts = {"step": 2.0, "weight": 0.07}
+    counts = {"step": 2.0, "mean_weight": 0.04, "variance_weight": 0.07}
     made = copy.deepcopy(made)
     made = Bucket(**{**made.__dict__, "kernels": kind, "tables": {}, "counts": {n: torch.tensor(c) for n, c in counts.items()}})
     kernels.update(direction, made, numbers(kind, **counts), Move(**numbers(kind, **values)))
