@@ -59,7 +59,7 @@ def numbers(kind, **values):
 def test_measure(name, dtype, step, maximize, kind):
     direction = DIRECTIONS[name]
     ours = bucket(direction, kind, dtype, maximize)
-    counts = numbers(kind, step=step, weight=step * 0.01)
+    counts = numbers(kind, step=step, mean_weight=step * 0.007, variance_weight=step * 0.01)
     last = numbers(kind, last=0.01)["last"]
     found = kernels.measure(direction, ours, counts, last, NEEDS)
     truth = kernels.measure(direction, plain(ours), {k: float(v) for k, v in counts.items()}, 0.01, NEEDS)
