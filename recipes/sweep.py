@@ -36,6 +36,7 @@ def trainer_sweep(
     rates: Sequence[str],
     metrics: Sequence[str],
     options: Sequence[str] = (),
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """The command line of a sweep: run what is missing, each in a process of its own, then print the table.
 
@@ -47,12 +48,14 @@ def trainer_sweep(
         rates: AdamW's learning rates.
         metrics: what is kept of ``all_results.json``.
         options: the same in every run.
+        prepare: called before the first run.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--optim", nargs="+", default=[*elra, "adamw_torch"])
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--results", type=Path, default=results)
     args = parser.parse_args()
+    prepare()
 
     def measure(run: Row) -> Row:
         return trained(recipe, run, options, metrics)

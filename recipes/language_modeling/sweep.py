@@ -31,5 +31,5 @@ def make_base() -> None:
 
 
 if __name__ == "__main__":
-    make_base()
-    trainer_sweep(__doc__, RECIPE, RESULTS, ("elra_adamw",), ADAMW_RATES, METRICS, (*ADAPT, "--max_steps", "200"))
+    options = (*ADAPT, "--max_steps", "200")
+    trainer_sweep(__doc__, RECIPE, RESULTS, ("elra_adamw",), ADAMW_RATES, METRICS, options, make_base)
