@@ -54,19 +54,24 @@ class Adam:
         return {"way": param.dtype, "mean": param.dtype, "variance": torch.promote_types(param.dtype, torch.float32)}
 
     @staticmethod
-    def _fresh(beta: float, weight: Scalar, rate: Scalar) -> tuple[Any, Any]:
-        """(S_t, η_t/S_t), the latter 1 before any step has moved."""
+    def _fresh(beta: float, weight: Scalar, rate: Scalar, least: float = 0.0) -> tuple[Any, Any]:
+        """(S_t, η_t/S_t), the latter 1 before any step has moved, and not below ``least``."""
         total = beta * weight + rate
         if isinstance(total, Tensor):
-            return total, torch.where(total > 0, rate / total, 1.0)
-        return total, rate / total if total > 0 else 1.0
+            fresh = torch.where(total > 0, rate / total, 1.0).clamp(min=least)
+            return (torch.minimum(total, rate / least) if least else total), fresh
+        return (min(total, rate / least) if least else total), max(rate / total if total > 0 else 1.0, least)
+
+    def _of_mean(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> tuple[Any, Any]:
+        beta1 = group["betas"][0]
+        return self._fresh(beta1, counts["mean_weight"], rate, 1.0 - beta1)
+
+    def _of_variance(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> tuple[Any, Any]:
+        return self._fresh(group["betas"][1], counts["variance_weight"], rate)
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
-        beta1, beta2 = group["betas"]
-        of_mean, of_variance = (
-            self._fresh(beta, counts[name], rate)[1] for beta, name in ((beta1, "mean_weight"), (beta2, "variance_weight"))
-        )
-        return Numbers(1.0 - of_mean, beta2, group["eps"], of_variance, 0.0, rate, share(counts))
+        of_mean, of_variance = self._of_mean(group, counts, rate)[1], self._of_variance(group, counts, rate)[1]
+        return Numbers(1.0 - of_mean, group["betas"][1], group["eps"], of_variance, 0.0, rate, share(counts))
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         c = self.numbers(piece.bucket.group, counts, last)
@@ -110,10 +115,9 @@ class Adam:
         way.mul_(1.0 - move.taken * c.share)
 
     def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        mean, variance = counts["mean_weight"], counts["variance_weight"]
-        return {
-            "step": counts["step"] + move.taken,
-            "mean_weight": (mean + move.taken * (self._fresh(beta1, mean, move.rate)[0] - mean)) * (1.0 - move.back),
-            "variance_weight": variance + move.taken * (self._fresh(beta2, variance, move.rate)[0] - variance),
+        after = {
+            "mean_weight": self._of_mean(group, counts, move.rate)[0],
+            "variance_weight": self._of_variance(group, counts, move.rate)[0],
         }
+        new = {name: counts[name] + move.taken * (total - counts[name]) for name, total in after.items()}
+        return {"step": counts["step"] + move.taken, **new, "mean_weight": new["mean_weight"] * (1.0 - move.back)}

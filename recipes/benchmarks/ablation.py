@@ -80,7 +80,7 @@ class EvenAdam(Adam):
     """Adam as it was published: each gradient counts alike, whatever the rate that it was met at."""
 
     @staticmethod
-    def _fresh(beta: float, weight: Scalar, rate: Scalar) -> tuple[Any, Any]:
+    def _fresh(beta: float, weight: Scalar, rate: Scalar, least: float = 0.0) -> tuple[Any, Any]:
         total = beta * weight + 1.0
         return total, 1.0 / total
 

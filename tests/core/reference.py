@@ -159,8 +159,10 @@ def adamw(
             clock += w
         shares.append(schedule(t))
         rate = alpha * shares[-1]
-        mean_weight, total = beta1 * mean_weight + rate, beta2 * total + rate
-        m = m + rate / mean_weight * (g - m)
+        total = beta2 * total + rate
+        fresh = max(rate / (beta1 * mean_weight + rate), 1 - beta1)  # no longer a memory than Adam's where the rate falls
+        mean_weight = rate / fresh
+        m = m + fresh * (g - m)
         v = v + rate / total * (g * g - v)
         x = x - rate * m / (np.sqrt(v) + eps)
         iterates.append(x.copy())
