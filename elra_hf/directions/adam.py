@@ -21,7 +21,8 @@ class Adam:
     Each gradient is weighed with the rate that it was met at: with S_t = β S_{t-1} + η_t, of β1 for m and of β2 for v,
     m_t = m_{t-1} + (η_t/S_t)(G_t - m_{t-1}) and v_t = v_{t-1} + (η_t/S_t)(G_t² - v_{t-1}). At a constant rate this is Adam with
     its bias correction. Otherwise what was met while the rate was looked for, high up and at tiny rates, would damp the first
-    steps at the rate found, and stay in v for the whole of a short run.
+    steps at the rate found, and stay in v for the whole of a short run. η_t/S_t of m is 1 - β1 at least: where the rate falls,
+    m forgets as Adam's does.
     Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry
     that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
     State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
@@ -58,9 +59,10 @@ class Adam:
         """(S_t, η_t/S_t), the latter 1 before any step has moved, and not below ``least``."""
         total = beta * weight + rate
         if isinstance(total, Tensor):
-            fresh = torch.where(total > 0, rate / total, 1.0).clamp(min=least)
-            return (torch.minimum(total, rate / least) if least else total), fresh
-        return (min(total, rate / least) if least else total), max(rate / total if total > 0 else 1.0, least)
+            fresh: Any = torch.where(total > 0, rate / total, 1.0).clamp(min=least)
+        else:
+            fresh = max(rate / total if total > 0 else 1.0, least)
+        return (rate / fresh if least else total), fresh
 
     def _of_mean(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> tuple[Any, Any]:
         beta1 = group["betas"][0]
@@ -95,7 +97,7 @@ class Adam:
         p, way, m, v = piece.p, piece.state["way"], piece.state["mean"], piece.state["variance"]
         g = gradient(piece, move)
         if not isinstance(move.back, float) or move.back:
-            add_scaled(p, way, move.back)
+            add_scaled(p, way, move.back * reach(counts))
             way.mul_(1.0 - move.back)
             m.mul_(1.0 - move.back)
         if move.decay is not None:
@@ -121,3 +123,14 @@ class Adam:
         }
         new = {name: counts[name] + move.taken * (total - counts[name]) for name, total in after.items()}
         return {"step": counts["step"] + move.taken, **new, "mean_weight": new["mean_weight"] * (1.0 - move.back)}
+
+
+def reach(counts: Counts) -> Scalar:
+    """How many ways it is from x_t back to the average of the iterates before x_t: (t + 1) / t.
+
+    A step at a rate above the weights goes so far that even its share of the average would tear them apart.
+    """
+    taken = counts["step"]
+    if isinstance(taken, Tensor):
+        return (taken + 1.0) / taken.clamp(min=1.0)
+    return float((taken + 1.0) / max(taken, 1.0))

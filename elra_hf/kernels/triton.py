@@ -162,7 +162,8 @@ def _update_chunk(
     taken, back, decay = tl.load(mine + 4), tl.load(mine + 5), tl.load(mine + 6)
     fresh, first = tl.load(mine) * taken, tl.load(mine + 1) * taken
     rate, share = tl.load(mine + 2), tl.load(mine + 3) * taken
-    seed = tl.load(mine + 11).to(tl.int32)
+    step = tl.load(mine + 11)
+    seed, reach = step.to(tl.int32), (step + 1.0) / tl.maximum(step, 1.0)
     beta1, beta2, eps, sign = tl.load(mine + 7), tl.load(mine + 8), tl.load(mine + 9), tl.load(mine + 10)
     for begin in range(0, n, BLOCK):
         i = begin + tl.arange(0, BLOCK)
@@ -170,7 +171,7 @@ def _update_chunk(
         g = tl.where(taken > 0, sign * tl.load(g_at + i, inside, 0.0).to(tl.float32), 0.0)
         p = tl.load(p_at + i, inside, 0.0).to(tl.float32)
         way = tl.load(way_at + i, inside, 0.0).to(tl.float32)
-        p += back * way
+        p += back * (reach if adam else 1.0) * way
         way *= 1.0 - back
         lost = decay * p
         if adam:
