@@ -139,18 +139,6 @@ def test_regret():
         assert cells == measured[cells[0]][:3]
 
 
-def test_tasks_that_the_rule_was_not_made_on():
-    lines = regret("full")
-    average, worst = lines["elra_adamw, linear"][1:3]
-    assert f"{average} (worst {worst.split()[0]}" in PROSE
-    for name in ("elra_p2min", "elra_c2min"):
-        assert f"`{name}` at {lines[f'{name}, linear'][1]}" in PROSE
-    untuned = [name for name in lines if "missing" not in name and not name.startswith(("elra_", "adamw, best"))]
-    best = min(untuned, key=lambda name: float(lines[name][1].split()[0]))
-    assert best == "schedule-free"
-    assert f"schedule-free AdamW, at {lines[best][1]}" in PROSE
-
-
 def test_the_rate_found():
     done = {key(row): row for row in read(RESULTS / "finder.csv")}
     said = finder.report(finder.CHOSEN, done, Path())

@@ -29,13 +29,9 @@ TASKS = {
 MORE = {
     "python-2x64": "GPT of 2 layers, characters of Python",
     "shakespeare-2x64": "the same, of Shakespeare",
-    "shakespeare-4x128": "GPT of 4 layers, of Shakespeare",
     "bert-questions": "tiny BERT from scratch, questions",
-    "bert-movies": "the same, movie sentences",
     "minilm4-questions": "MiniLM, upper layers and head, questions",
     "minilm4-movies": "the same, movie sentences",
-    "minilm-lora-questions": "MiniLM, LoRA and head, questions",
-    "fashion-cnn": "CNN on Fashion-MNIST",
     "mnist-paper": "the paper's net on MNIST",
     "mnist-autoencoder": "autoencoder of MNIST",
 }
