@@ -110,7 +110,7 @@ def in_text(page: Path) -> list[str]:
 def made(command: str) -> list[str]:
     """What a command of make does, where all is installed."""
     installed = [f"--old-file={sys.prefix}/{name}" for name in (".installed", ".installed-bench")]
-    words = ["make", "-n", *installed, f"VENV={sys.prefix}", *shlex.split(command)[1:]]
+    words = ["make", "-n", "--no-print-directory", *installed, f"VENV={sys.prefix}", *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, done.stderr
     return [" ".join(line.replace(f"{sys.prefix}/bin/", "").split()) for line in done.stdout.splitlines()]

@@ -170,7 +170,8 @@ def test_an_exploded_loss_undoes_the_way_where_it_is_handed_over(flag, name):
     run = trainer(callbacks=[ElraMonitor(loss_restarts=flag)])
     run.fit(module, loader())
     assert run.optimizers[0].param_groups[0]["restarts"] == flag
-    average = torch.stack(module.seen).double().mean(0)
+    # of elra_adamw, whose last step may have gone anywhere, the average of what was before it
+    average = torch.stack(module.seen[:-1] if name == "elra_adamw" else module.seen).double().mean(0)
     near = (flat(module) - average).norm() < 1e-3 * (module.seen[-1] - average).norm()
     assert near == flag
 

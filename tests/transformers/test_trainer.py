@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -99,11 +98,18 @@ assert args.optim == "elra_c2min" and type(args.optim) is str, repr(args.optim)
 @pytest.mark.parametrize("optim", ["adamw_torch", "elra_adamw"])
 def test_a_trainer_pickles_and_loads_elsewhere(optim, tmp_path):
     """Also one that has nothing to do with us."""
-    trainer = Trainer(bert(), arguments(tmp_path, optim), train_dataset=Rows())
-    (tmp_path / "trainer").write_bytes(pickle.dumps(trainer))
+    path = tmp_path / "trainer"
     code = f"""
 import pickle
-trainer = pickle.load(open({str(tmp_path / "trainer")!r}, "rb"))
+from transformers import Trainer
+from {__package__}.jobs import Rows, arguments, bert
+trainer = Trainer(bert(), arguments({str(tmp_path)!r}, {optim!r}), train_dataset=Rows())
+open({str(path)!r}, "wb").write(pickle.dumps(trainer))"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    code = f"""
+import pickle
+trainer = pickle.load(open({str(path)!r}, "rb"))
 print([type(each).__name__ for each in trainer.callback_handler.callbacks].count("ElraLogs"))"""
     done = python(code)
     assert done.stdout == "1\n", done.stderr
