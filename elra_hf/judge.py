@@ -34,11 +34,10 @@ class Judge(Cells):
         """Let the rule adapt the rates; restart, or bound them."""
         needs, alpha = self._needs, before["alpha"]
         live = total[:, len(needs) + 2] != 0
-        sums, unbounded = total.sum(0), self._unbounded(alpha, before["scale"]).sum()
+        sums = torch.cat([total.sum(0), self._unbounded(alpha, before["scale"]).sum()[None]])
         if self._apart:  # all restart, or none
             dist.all_reduce(sums, group=self.process_group)
-            dist.all_reduce(unbounded, group=self.process_group)
-        square, known = sums[len(needs)], sums[len(needs) + 1]
+        square, known, unbounded = sums[len(needs)], sums[len(needs) + 1], sums[-1]
         # whether the gradient points back to the average of the iterates; the paper's rule has none, and a square is never < 0
         overshot = (sums[needs.index("gs")] if "gs" in needs else known) < 0
         memory = {name: before[name] for name in self._cell_names}

@@ -24,7 +24,8 @@ class Adam:
     steps at the rate found, and stay in v for the whole of a short run. η_t/S_t of m is 1 - β1 at least: where the rate falls,
     m forgets as Adam's does.
     Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry
-    that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten.
+    that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten; where a step has exploded x
+    goes back to the average of the iterates before it, and m is forgotten.
     State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
     of bfloat16, and a v kept there would never fall.
 

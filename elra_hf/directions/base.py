@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -123,3 +124,29 @@ def share(counts: Counts) -> Scalar:
 def as_number(flag: Any) -> Any:
     """1 or 0, as a float or a tensor."""
     return flag.float() if isinstance(flag, Tensor) else float(flag)
+
+
+@dataclass(frozen=True)
+class QuasiHyperbolic:
+    """What `Momentum` and `SuccessiveGradients` have in common.
+
+    Args:
+        betas: (β1, β2), each in [0, 1).
+    """
+
+    betas: tuple[float, float] = (0.8, 0.7)
+    counters: ClassVar[tuple[str, ...]] = ("step",)
+    explodes: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+
+    def defaults(self) -> dict[str, Any]:
+        return {"betas": self.betas}
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_betas(group["betas"])
+
+    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
+        return {"step": (counts["step"] + move.taken) * move.kept}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, as_number, check_betas, gradient, share
+from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, gradient, share
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(QuasiHyperbolic):
     """Quasi-hyperbolic momentum of past gradients, Euclidean metric. Source: arXiv 2309.06274.
 
     d_t = (1-β2) G_t + β2 M_t;  M_{t+1} = β1 M_t + (1-β1) G_t;  first step: M_1 = G_1, d_1 = G_1.
@@ -23,20 +23,7 @@ class Momentum:
         betas: (β1, β2), each in [0, 1).
     """
 
-    betas: tuple[float, float] = (0.8, 0.7)
     offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
-    counters: ClassVar[tuple[str, ...]] = ("step",)
-    explodes: ClassVar[bool] = True
-    relative: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_betas(self.betas)
-
-    def defaults(self) -> dict[str, Any]:
-        return {"betas": self.betas}
-
-    def check(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         return dict.fromkeys(("way", "momentum") if group["betas"][1] else ("way",), param.dtype)
@@ -67,6 +54,3 @@ class Momentum:
         for y, sign in ((p, -1.0), (way, 1.0)):
             add_scaled(y, g, sign * (1.0 - (c.beta2 if m is not None else 0.0)) * c.rate)
         way.mul_(1.0 - move.taken * c.share)
-
-    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
-        return {"step": (counts["step"] + move.taken) * move.kept}

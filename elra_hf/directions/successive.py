@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, as_number, check_betas, gradient
+from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, gradient
 
 
 @dataclass(frozen=True)
-class SuccessiveGradients:
+class SuccessiveGradients(QuasiHyperbolic):
     """The same momentum, measured by successive gradients as the paper does. Source: arXiv 2309.06274.
 
     State: G_{t-1} and, unless β2 = 0, M_{t-1}, in the parameter's dtype. While ``step`` is 0 they are stale: a restart
@@ -25,20 +25,7 @@ class SuccessiveGradients:
         betas: (β1, β2), each in [0, 1).
     """
 
-    betas: tuple[float, float] = (0.8, 0.7)
     offers: ClassVar[frozenset[str]] = frozenset({"gg", "gp", "pp", "gd", "pd"})
-    counters: ClassVar[tuple[str, ...]] = ("step",)
-    explodes: ClassVar[bool] = True
-    relative: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_betas(self.betas)
-
-    def defaults(self) -> dict[str, Any]:
-        return {"betas": self.betas}
-
-    def check(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         return dict.fromkeys(("grad_prev", "momentum") if group["betas"][1] else ("grad_prev",), param.dtype)
@@ -93,6 +80,3 @@ class SuccessiveGradients:
             add_scaled(p, m, -move.rate * now)
         previous.lerp_(g, move.taken)
         add_scaled(p, g, -move.rate * (1.0 - now))
-
-    def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
-        return {"step": (counts["step"] + move.taken) * move.kept}
