@@ -480,6 +480,8 @@ def execute(
             time_left = estimate(left, done, workers)
             progress.update(bar, description=f"{names}: {time_left}", completed=finished, total=finished + len(left))
             if not busy:
+                for worker in idle:  # now, since at the end of a process that another has begun they may not be told any more
+                    worker.pool.shutdown()
                 return done
             for future in wait(busy, return_when=FIRST_COMPLETED).done:
                 worker, run = busy.pop(future)
