@@ -22,18 +22,38 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+Order = list[int] | None
+
+
+def order_of(tensor: Tensor) -> Order:
+    """The dimensions in the order in which they lie in memory; None where that is their own, or where there are holes.
+
+    So weights in ``channels_last`` and transposed ones are worked on where they lie, like all others.
+    """
+    if tensor.is_contiguous():
+        return None
+    order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def lying(tensor: Tensor, order: Order) -> Tensor:
+    """The local part of ``tensor`` with its dimensions in that order; shares its memory."""
+    tensor = real(tensor)
+    return tensor if order is None else tensor.permute(order)
+
+
 class Plan(NamedTuple):
     """How the last step sorted its parameters. It holds none of them, and no state: others may have moved those away.
 
     Attributes:
         seen: what that follows from.
         buckets: the buckets, emptied.
-        targets: the bucket of each parameter that has a gradient.
+        targets: the bucket of each parameter that has a gradient, and the order of its dimensions.
     """
 
     seen: list[Any]
     buckets: list[Bucket]
-    targets: list[Bucket]
+    targets: list[tuple[Bucket, Order]]
 
 
 class Gatherer(Checkpoints):
@@ -63,12 +83,13 @@ class Gatherer(Checkpoints):
             having = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
             for bucket in plan.buckets:
                 bucket.clear()
-            for p, bucket in zip(having, plan.targets, strict=True):
+            for p, (bucket, order) in zip(having, plan.targets, strict=True):
                 state = self.state[p]
-                if type(p) in PLAIN_TENSORS:
+                if type(p) in PLAIN_TENSORS and order is None:
                     bucket.add(p, gradient(p), state)
                 else:
-                    bucket.add(real(p), real(gradient(p)), {name: real(state[name]) for name in bucket.state})
+                    tensors = {name: lying(state[name], order) for name in bucket.state}
+                    bucket.add(lying(p, order), lying(gradient(p), order), tensors)
             return plan.buckets
         idle = [group["elra_idle"] for group in self.param_groups]
         buckets, targets = self._sort(ranks)
@@ -98,10 +119,10 @@ class Gatherer(Checkpoints):
                         seen += (id(tensor), tensor.data_ptr(), tensor.dtype)
         return seen
 
-    def _sort(self, ranks: list[Ranks]) -> tuple[list[Bucket], list[Bucket]]:
+    def _sort(self, ranks: list[Ranks]) -> tuple[list[Bucket], list[tuple[Bucket, Order]]]:
         """Buckets, and that of each parameter that has a gradient; creates the state of new ones."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        targets: list[Bucket] = []
+        targets: list[tuple[Bucket, Order]] = []
         newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._raise_counters()
         member = -1
@@ -124,7 +145,8 @@ class Gatherer(Checkpoints):
                 if not state:
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
-                x, tensors = real(p), {name: real(state[name]) for name in self.direction.dtypes(p, group)}
+                order = order_of(real(p))
+                x, tensors = lying(p, order), {name: lying(state[name], order) for name in self.direction.dtypes(p, group)}
                 chosen = kernels.choose(self.direction, x, tensors, group)
                 key = (
                     (member,)
@@ -148,8 +170,8 @@ class Gatherer(Checkpoints):
                         state={name: [] for name in tensors},
                     )
                 bucket = buckets[key]
-                targets.append(bucket)
-                bucket.add(x, real(gradient(p)), tensors)
+                targets.append((bucket, order))
+                bucket.add(x, lying(gradient(p), order), tensors)
                 bucket.fans.append(p.numel() // p.shape[0] if p.ndim > 1 and p.numel() else 1)
             group["elra_idle"] = " ".join(absent)
         return list(buckets.values()), targets

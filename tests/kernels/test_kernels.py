@@ -163,6 +163,33 @@ def test_a_layout_that_changes_in_place_is_seen(monkeypatch):
     torch.testing.assert_close(ours, run(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize("cls", [ElraAdamW, ElraC2Min, ElraP2Min])
+def test_weights_of_any_dense_layout_meet_the_kernels(cls, monkeypatch):
+    """channels_last of convolutions, where kernels or channels are one, too; weights that are transposed."""
+    choose, chosen = kernels.choose, []
+    monkeypatch.setattr(kernels, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    shapes = [(8, 3, 3, 3), (8, 4, 1, 1), (8, 1, 3, 3), (1, 4, 1, 3), (6, 5), (7,)]
+
+    def run(laid):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(laid(torch.randn(shape, generator=generator))) for shape in shapes]
+        optimizer = cls(params)
+        for t in range(6):
+            for p in params:
+                g = torch.randn(p.shape, generator=generator) + p.detach()
+                p.grad = g if t == 3 else torch.empty_like(p).copy_(g)  # once with strides of its own
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    def other(x):
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.t().contiguous().t() if x.ndim == 2 else x
+
+    for found, truth in zip(run(other), run(torch.clone), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+    assert set(chosen) == {"native"}
+
+
 def moved(direction, made, kind, **values):
     """What a step makes of a bucket, in a list: weights, then states by name."""
     values = {"rate": 2.0**-9, "decay": 2.0**-7, "taken": 1.0, "back": 0.0, "kept": 1.0, "last": 0.02, **values}
