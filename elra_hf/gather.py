@@ -25,15 +25,15 @@ def real(tensor: Tensor) -> Tensor:
 Order = list[int] | None
 
 
-def order_of(tensor: Tensor) -> Order:
-    """The dimensions in the order in which they lie in memory; None where that is their own, or where there are holes.
+def order_of(p: Tensor, grad: Tensor) -> Order:
+    """The dimensions in the order in which both lie in memory; None where that is their own, or where they do not lie alike.
 
     So weights in ``channels_last`` and transposed ones are worked on where they lie, like all others.
     """
-    if tensor.is_contiguous():
+    if p.is_contiguous():
         return None
-    order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
-    return order if tensor.permute(order).is_contiguous() else None
+    order = sorted(range(p.ndim), key=lambda d: (p.stride(d), p.shape[d]), reverse=True)
+    return order if all(tensor.permute(order).is_contiguous() for tensor in (p, grad)) else None
 
 
 def lying(tensor: Tensor, order: Order) -> Tensor:
@@ -145,7 +145,7 @@ class Gatherer(Checkpoints):
                 if not state:
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
-                order = order_of(real(p))
+                order = order_of(real(p), real(gradient(p)))
                 x, tensors = lying(p, order), {name: lying(state[name], order) for name in self.direction.dtypes(p, group)}
                 chosen = kernels.choose(self.direction, x, tensors, group)
                 key = (
