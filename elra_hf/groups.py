@@ -223,6 +223,11 @@ class Groups(Optimizer):
         """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
         state = self.state[p]
         for name, dtype in self.direction.dtypes(p, group).items():
+            if state[name].shape != p.shape:  # kernels would read and write beyond it
+                raise RuntimeError(
+                    f"step: a parameter of shape {tuple(p.shape)} has a state of shape {tuple(state[name].shape)}: it was "
+                    "resized, or its state is that of another model. To start it afresh, del optimizer.state[parameter]"
+                )
             if state[name].dtype != dtype or state[name].device != p.device:
                 state[name] = state[name].to(p.device, dtype)
 

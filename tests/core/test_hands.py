@@ -1,6 +1,7 @@
 """What other hands do with an optimizer, and odd tensors: each gives what the plain way gives."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -246,3 +247,38 @@ def test_nothing_is_kept_of_what_is_not_used(cls):
         losses.append(loss.item())
     assert losses == pytest.approx(train(plain, expected, range(10)), rel=1e-6)
     assert idle not in optimizer.state
+
+
+@every
+@scopes
+@pytest.mark.parametrize(("old", "new"), [((3,), (5,)), ((70000,), (3,)), ((3, 4), (4, 3))], ids=str)
+def test_the_state_of_other_shapes_is_refused(cls, scope, old, new):
+    """Kernels would read and write beyond it."""
+    saved, other = (nn.Parameter(torch.ones(shape)) for shape in (old, new))
+    optimizer, fresh = cls([saved], scope=scope), cls([other], scope=scope)
+    saved.grad, other.grad = torch.ones(old), torch.ones(new)
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"{re.escape(str(old))} for a parameter of shape {re.escape(str(new))}.*Load it into"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.state
+    fresh.step()
+
+
+@every
+@scopes
+def test_a_parameter_that_was_resized_is_refused_until_its_state_is_gone(cls, scope):
+    x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer = cls([x, y], scope=scope)
+    for _ in range(3):
+        x.grad, y.grad = x.detach().clone(), y.detach().clone()
+        optimizer.step()
+    x.data, x.grad = torch.ones(5), None
+    x.grad = torch.ones(5)
+    before = y.detach().clone()
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) has a state of shape \(3,\).*del optimizer.state\[parameter\]"):
+        optimizer.step()
+    assert torch.equal(x, torch.ones(5))
+    assert torch.equal(y, before)
+    del optimizer.state[x]
+    optimizer.step()
+    assert (x < 1.0).all()
