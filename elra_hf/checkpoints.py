@@ -89,8 +89,10 @@ class Checkpoints(Groups):
                     self.state[p][name] = loaded[name].to(device=p.device, dtype=dtype, copy=True)
                 elif name in self.state[p]:
                     self.state[p][name] = self.state[p][name].to(dtype)
-            if "elra" in loaded:
-                self.state[p]["elra"] = loaded["elra"].detach().clone()
+            self.state[p].pop("elra", None)
+            if self.scope == "tensor":  # what its group knows, where the checkpoint is one of another scope
+                known = [group[f"elra_{name}"] for name in ("alpha", *self._cell_names)]
+                self.state[p]["elra"] = loaded["elra"].detach().clone() if "elra" in loaded else torch.stack(known)
             # peers of one age share their counters; others may have come to the same count, and go on apart
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
             fresh = {name: torch.tensor(n, dtype=torch.float64, device="cpu") for name, n in counts.items()}

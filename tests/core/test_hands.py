@@ -1,6 +1,7 @@
 """What other hands do with an optimizer, and odd tensors: each gives what the plain way gives."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -282,3 +283,22 @@ def test_a_parameter_that_was_resized_is_refused_until_its_state_is_gone(cls, sc
     del optimizer.state[x]
     optimizer.step()
     assert (x < 1.0).all()
+
+
+@every
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(["global", "group", "tensor"], 2)))
+def test_a_checkpoint_goes_on_under_another_scope(cls, old, new):
+    """With the rate that it has found, and as a run of that scope from then on."""
+    model, other = net(), net()
+    groups = [[{"params": layer.parameters()} for layer in (each[0], each[2])] for each in (model, other)]
+    optimizer, resumed = cls(groups[0], scope=old), cls(groups[1], scope=new)
+    losses = train(model, optimizer, range(40))
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = [group["alpha"].item() for group in optimizer.param_groups]
+    train(other, resumed, range(40, 41))
+    first, second = (group["alpha"].item() for group in resumed.param_groups)
+    assert first == pytest.approx(found[0], rel=0.5)
+    assert second == pytest.approx(found[0 if new == "global" else 1], rel=0.5)
+    assert sum(train(other, resumed, range(41, 81))[-10:]) < sum(losses[:10])
+    assert all(("elra" in state) == (new == "tensor") for state in resumed.state.values())
