@@ -149,7 +149,7 @@ class Gatherer(Checkpoints):
                     )
                 bucket = buckets[key]
                 targets.append(bucket)
-                bucket.add(x, real(gradient(p)), tensors)
+                bucket.add(x, real(gradient(p).resolve_conj()), tensors)
                 bucket.fans.append(p.numel() // p.shape[0] if p.ndim > 1 and p.numel() else 1)
             group["elra_idle"] = " ".join(absent)
         return list(buckets.values()), targets
