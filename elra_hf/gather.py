@@ -134,7 +134,8 @@ class Gatherer(Checkpoints):
                 if key not in buckets:
                     # a mean of logarithms bears no numbers by chance; one of squares hardly changes
                     padded = self.process_group is not None and self.dealt is None and self.direction.relative
-                    young = any(state["step"] is fresh["step"] for fresh in newborn.values())
+                    # or of a first step that failed
+                    young = any(state["step"] is fresh["step"] for fresh in newborn.values()) or not group["elra_calls"]
                     buckets[key] = Bucket(
                         index=index,
                         cell=self._cell(index, member),
