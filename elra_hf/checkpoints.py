@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .groups import OWN, Groups, number
+from .pieces import PLAIN_TENSORS
 
 
 class Checkpoints(Groups):
@@ -58,7 +59,7 @@ class Checkpoints(Groups):
         """Load as torch does, with each state tensor in the dtype that its parameter calls for.
 
         Raises:
-            ValueError: ``state_dict`` is that of another optimizer.
+            ValueError: ``state_dict`` is that of another optimizer, or of parameters of other shapes.
         """
         seen: dict[str, Any] = {}
 
@@ -66,6 +67,7 @@ class Checkpoints(Groups):
             # after all other hooks, which may hand over another dictionary
             seen.update(given, param_groups=self._mended(given["param_groups"]))
             self._refuse_foreign(seen)
+            self._refuse_shapes(seen)
             return seen
 
         handle = self.register_load_state_dict_pre_hook(look)
@@ -87,8 +89,10 @@ class Checkpoints(Groups):
                     self.state[p][name] = loaded[name].to(device=p.device, dtype=dtype, copy=True)
                 elif name in self.state[p]:
                     self.state[p][name] = self.state[p][name].to(dtype)
-            if "elra" in loaded:
-                self.state[p]["elra"] = loaded["elra"].detach().clone()
+            self.state[p].pop("elra", None)
+            if self.scope == "tensor":  # what its group knows, where the checkpoint is one of another scope
+                known = [group[f"elra_{name}"] for name in ("alpha", *self._cell_names)]
+                self.state[p]["elra"] = loaded["elra"].detach().clone() if "elra" in loaded else torch.stack(known)
             # peers of one age share their counters; others may have come to the same count, and go on apart
             counts = {name: float(loaded.get(name, 0.0)) for name in self.direction.counters}
             fresh = {name: torch.tensor(n, dtype=torch.float64, device="cpu") for name, n in counts.items()}
@@ -141,3 +145,19 @@ class Checkpoints(Groups):
             "Continue with the optimizer that the run was started with, or start this one afresh from the weights alone "
             "(under the Trainer: delete optimizer.pt in the checkpoint)"
         )
+
+    def _refuse_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for the state of parameters of other shapes; the step sees those of slices."""
+        if self.process_group is not None:
+            return
+        for given, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for i, p in zip(given["params"], group["params"], strict=False):
+                state = state_dict["state"].get(i, {}) if type(p) in PLAIN_TENSORS else {}
+                for shape in (state[name].shape for name in self.direction.dtypes(p, group) if name in state):
+                    if shape != p.shape:
+                        raise ValueError(
+                            f"load_state_dict: state_dict has a state of shape {tuple(shape)} for a parameter of shape "
+                            f"{tuple(p.shape)}: it is that of another model, or its parameters came in another order. Load it "
+                            "into the model that it was saved with, or start the optimizer afresh (under the Trainer: delete "
+                            "optimizer.pt in the checkpoint)"
+                        )

@@ -145,7 +145,8 @@ class Gatherer(Checkpoints):
                 if not state:
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
-                order = order_of(real(p), real(gradient(p)))
+                grad = gradient(p).resolve_conj()
+                order = order_of(real(p), real(grad))
                 x, tensors = lying(p, order), {name: lying(state[name], order) for name in self.direction.dtypes(p, group)}
                 chosen = kernels.choose(self.direction, x, tensors, group)
                 key = (
@@ -156,7 +157,8 @@ class Gatherer(Checkpoints):
                 if key not in buckets:
                     # a mean of logarithms bears no numbers by chance; one of squares hardly changes
                     padded = self.process_group is not None and self.dealt is None and self.direction.relative
-                    young = any(state["step"] is fresh["step"] for fresh in newborn.values())
+                    # or of a first step that failed
+                    young = any(state["step"] is fresh["step"] for fresh in newborn.values()) or not group["elra_calls"]
                     buckets[key] = Bucket(
                         index=index,
                         cell=self._cell(index, member),
@@ -171,7 +173,7 @@ class Gatherer(Checkpoints):
                     )
                 bucket = buckets[key]
                 targets.append((bucket, order))
-                bucket.add(x, lying(gradient(p), order), tensors)
+                bucket.add(x, lying(grad, order), tensors)
                 bucket.fans.append(p.numel() // p.shape[0] if p.ndim > 1 and p.numel() else 1)
             group["elra_idle"] = " ".join(absent)
         return list(buckets.values()), targets

@@ -56,6 +56,29 @@ def number(lr: Any) -> Any:
     return lr.detach().reshape(()) if isinstance(lr, Tensor) else float(lr)
 
 
+def _usable(lr: Any) -> Any:
+    """``lr`` as somebody wrote it into a group, at least 0. A tensor is not looked at, which would wait for its device.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    if isinstance(lr, Tensor):
+        return lr.clamp(min=0.0)
+    if 0.0 <= lr < math.inf:
+        return lr
+    if not lr < 0.0:
+        raise ValueError(
+            f"step: lr={lr} of a parameter group is invalid: a schedule or callback must write finite numbers there, from 0 to "
+            "the group's own lr"
+        )
+    warnings.warn(
+        "a schedule lets lr of a parameter group fall below 0, which would lead uphill; it counts as 0. The schedule is "
+        "shorter than the run: give it the number of steps that are taken",
+        stacklevel=4,
+    )
+    return 0.0
+
+
 class Groups(Optimizer):
     """The upkeep of `Elra`, which adds the step."""
 
@@ -152,6 +175,7 @@ class Groups(Optimizer):
         schedule can only hold a rate down: what it writes counts as a share of the highest lr so far, ``initial_lr`` and
         ``max_lr`` of torch's schedulers included.
         """
+        given = [_usable(number(group["lr"])) for group in self.param_groups]
         # DeepSpeed ZeRO takes groups away from param_groups while it steps another one
         known = list(self._all_groups)
         known += [each for each in self.param_groups if all(each is not one for one in self._all_groups)]
@@ -176,8 +200,8 @@ class Groups(Optimizer):
         for group in known:
             group["elra_base"] = base
         shares: list[tuple[Any, Any]] = []
-        for group in self.param_groups:
-            lr, full, top = number(group["lr"]), group["elra_full"], group["elra_top"]
+        for group, lr in zip(self.param_groups, given, strict=True):
+            full, top = group["elra_full"], group["elra_top"]
             if full is None:
                 shares.append((0.0, 0.0))
                 continue
@@ -223,6 +247,11 @@ class Groups(Optimizer):
         """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
         state = self.state[p]
         for name, dtype in self.direction.dtypes(p, group).items():
+            if state[name].shape != p.shape:  # kernels would read and write beyond it
+                raise RuntimeError(
+                    f"step: a parameter of shape {tuple(p.shape)} has a state of shape {tuple(state[name].shape)}: it was "
+                    "resized, or its state is that of another model. To start it afresh, del optimizer.state[parameter]"
+                )
             if state[name].dtype != dtype or state[name].device != p.device:
                 state[name] = state[name].to(p.device, dtype)
 

@@ -152,7 +152,7 @@ class ElraAdamW(Elra):
         lr: α_0 > 0, the value that schedules and groups refer to. The first rate itself follows from the weights: any value
             trains alike.
         betas: (β1, β2) of Adam's moments, each in [0, 1).
-        eps: Adam's ε > 0.
+        eps: Adam's ε, > 0 in float32.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
         bounds: (lowest, highest) rate.

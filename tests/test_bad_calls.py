@@ -102,6 +102,7 @@ CALLS = {
     "growth_limit": (lambda: ElraP2Min([X], growth_limit=0.5), "growth_limit=0.5", "above 1", "e.g. 2.0"),
     "growth_limit text": (lambda: ElraP2Min([X], growth_limit="2"), "growth_limit='2'", "above 1", "e.g. 2.0"),
     "eps": (lambda: ElraAdamW([X], eps=0.0), "eps=0.0", "small positive", "e.g. 1e-8"),
+    "eps 0 in float32": (lambda: ElraAdamW([X], eps=1e-50), "eps=1e-50", "small positive", "e.g. 1e-8"),
     "eps None": (lambda: ElraAdamW([X], eps=None), "eps=None", "small positive", "e.g. 1e-8"),
     "weight_decay": (lambda: ElraC2Min([X], weight_decay=-0.1), "weight_decay=-0.1", "give a finite number", ">= 0"),
     "weight_decay None": (lambda: ElraC2Min([X], weight_decay=None), "weight_decay=None", "give a finite number", ">= 0"),

@@ -20,8 +20,8 @@ class RateFinder(TrainerCallback):  # type: ignore[misc]
     """Train with ``optim="elra_adamw"`` for a while, report the rate found, and leave everything else as it was.
 
     ``trainer.train()`` returns after the last of the steps. Weights, buffers, optimizer state and random numbers are then those
-    from before, bit for bit; nothing is evaluated or saved meanwhile, and the schedule is held at its full rate. ``found`` has
-    the result, and ``found.rate`` is what AdamW wants as ``learning_rate``. Not under DeepSpeed.
+    from before, bit for bit, also where it fails; nothing is evaluated or saved meanwhile, and the schedule is held at its full
+    rate. ``found`` has the result, and ``found.rate`` is what AdamW wants as ``learning_rate``. Not under DeepSpeed.
 
     Args:
         steps: stop after so many; None: once the rate has settled, or at the end of the run.
@@ -130,5 +130,17 @@ def _evaluate(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
 
 
+def _train(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return wrapped(*args, **kwargs)
+    except BaseException:  # also one that makes the Trainer begin anew with smaller batches
+        for each in trainer.callback_handler.callbacks:
+            if isinstance(each, RateFinder):
+                each._search.finish()
+        raise
+
+
+# callbacks do not hear of a training that fails
+wrapt.wrap_function_wrapper(transformers.trainer, "Trainer._inner_training_loop", _train)
 # what the training loop calls; callbacks hear of an evaluation only after it
 wrapt.wrap_function_wrapper(transformers.trainer, "Trainer._evaluate", _evaluate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -35,15 +35,15 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             goes by the gradient alone. Automatic optimization only; under manual optimization call
             ``optimizer.step(loss=...)``.
         averaged: validate with the average of the iterates (see `elra_hf.averaged`), save it, and end the training with it.
-            Checkpoints also hold what training goes on from, so that a resumed run is the same as one that was never stopped.
-            Not where a strategy shards the weights.
+            Checkpoints, unless of weights alone, also hold what training goes on from, so that a resumed run is the same as
+            one that was never stopped. Not where a strategy shards the weights.
     """
 
     def __init__(self, prog_bar: bool = False, loss_restarts: bool = False, averaged: bool = False) -> None:
         self.prog_bar = prog_bar
         self.loss_restarts = loss_restarts
         self.averaged = averaged
-        self._swapped = ExitStack()
+        self._swapped: ExitStack | None = None
         self.found: list[Found] = []
         self._losses: list[Tensor] = []
         self._handles: list[Any] = []
@@ -60,6 +60,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                     "ElraMonitor(averaged=True) does not go with a strategy that shards the weights: leave it out, and use "
                     "elra_hf.averaged(optimizer) where you evaluate"
                 )
+            self._save_average(trainer)
         self._traces, self._steps = {index: Trace() for index, _ in _elra(trainer.optimizers)}, trainer.global_step
         if not self.loss_restarts:
             return
@@ -126,23 +127,49 @@ class ElraMonitor(Callback):  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap it out."""
-        self._swapped.close()
+        self._swap_out()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Swap it out, whatever happened."""
-        self._swapped.close()
+        self._swap_out()
+        self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as the model, and aside what training goes on from."""
         if not self.averaged or trainer.state.fn != "fit":
             return
         now = checkpoint["state_dict"]  # the parameters themselves
-        with self._swap(trainer):
-            mean = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in now.items()}
-        checkpoint["state_dict"] = mean
-        checkpoint["elra_iterate"] = {
+        mean = self._mean(trainer, now)
+        if inside := self._swapped is not None:
+            self._swap_out()
+        iterate = {
             name: value for name, value in now.items() if isinstance(value, Tensor) and not torch.equal(value, mean[name])
         }
+        if inside:  # somebody saves in a validation
+            iterate = {name: value.detach().clone() for name, value in iterate.items()}
+            self._swapped = self._swap(trainer)
+        checkpoint |= {"state_dict": mean, "elra_iterate": iterate}
+
+    def _save_average(self, trainer: Trainer) -> None:
+        """Save the average where weights alone are saved, of which Lightning's callbacks do not hear."""
+        save = trainer.strategy.save_checkpoint
+
+        def save_average(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "optimizer_states" not in checkpoint and trainer.state.fn == "fit":
+                checkpoint = {**checkpoint, "state_dict": self._mean(trainer, checkpoint["state_dict"])}
+            save(checkpoint, *args, **kwargs)
+
+        trainer.strategy.save_checkpoint = save_average  # type: ignore[method-assign]
+
+    def _mean(self, trainer: Trainer, now: dict[str, Any]) -> dict[str, Any]:
+        """The average in the place of the parameters in ``now``."""
+        with nullcontext() if self._swapped else self._swap(trainer):
+            return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in now.items()}
+
+    def _swap_out(self) -> None:
+        if self._swapped is not None:
+            self._swapped.close()
+            self._swapped = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from where the training was, not from the average."""
@@ -161,6 +188,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
+        if self.averaged:
+            vars(trainer.strategy).pop("save_checkpoint", None)
         for handle in self._handles:
             handle.remove()
         self._handles = []

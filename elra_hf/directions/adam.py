@@ -31,7 +31,7 @@ class Adam:
 
     Args:
         betas: (β1, β2), each in [0, 1).
-        eps: ε > 0.
+        eps: ε, > 0 in float32.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -49,7 +49,8 @@ class Adam:
 
     def check(self, group: dict[str, Any]) -> None:
         check_betas(group["betas"])
-        if not (is_number(group["eps"]) and 0.0 < group["eps"] < math.inf):
+        # what is 0 in float32 would divide 0 by 0 where there was no gradient
+        if not (is_number(group["eps"]) and torch.finfo(torch.float32).tiny <= group["eps"] < math.inf):
             raise ValueError(f"eps={group['eps']!r} is invalid: give a small positive number, e.g. 1e-8")
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:

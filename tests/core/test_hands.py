@@ -1,6 +1,8 @@
 """What other hands do with an optimizer, and odd tensors: each gives what the plain way gives."""
 
 import copy
+import itertools
+import re
 
 import pytest
 import torch
@@ -246,3 +248,57 @@ def test_nothing_is_kept_of_what_is_not_used(cls):
         losses.append(loss.item())
     assert losses == pytest.approx(train(plain, expected, range(10)), rel=1e-6)
     assert idle not in optimizer.state
+
+
+@every
+@scopes
+@pytest.mark.parametrize(("old", "new"), [((3,), (5,)), ((70000,), (3,)), ((3, 4), (4, 3))], ids=str)
+def test_the_state_of_other_shapes_is_refused(cls, scope, old, new):
+    """Kernels would read and write beyond it."""
+    saved, other = (nn.Parameter(torch.ones(shape)) for shape in (old, new))
+    optimizer, fresh = cls([saved], scope=scope), cls([other], scope=scope)
+    saved.grad, other.grad = torch.ones(old), torch.ones(new)
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"{re.escape(str(old))} for a parameter of shape {re.escape(str(new))}.*Load it into"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.state
+    fresh.step()
+
+
+@every
+@scopes
+def test_a_parameter_that_was_resized_is_refused_until_its_state_is_gone(cls, scope):
+    x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer = cls([x, y], scope=scope)
+    for _ in range(3):
+        x.grad, y.grad = x.detach().clone(), y.detach().clone()
+        optimizer.step()
+    x.data, x.grad = torch.ones(5), None
+    x.grad = torch.ones(5)
+    before = y.detach().clone()
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) has a state of shape \(3,\).*del optimizer.state\[parameter\]"):
+        optimizer.step()
+    assert torch.equal(x, torch.ones(5))
+    assert torch.equal(y, before)
+    del optimizer.state[x]
+    optimizer.step()
+    assert (x < 1.0).all()
+
+
+@every
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(["global", "group", "tensor"], 2)))
+def test_a_checkpoint_goes_on_under_another_scope(cls, old, new):
+    """With the rate that it has found, and as a run of that scope from then on."""
+    model, other = net(), net()
+    groups = [[{"params": layer.parameters()} for layer in (each[0], each[2])] for each in (model, other)]
+    optimizer, resumed = cls(groups[0], scope=old), cls(groups[1], scope=new)
+    losses = train(model, optimizer, range(40))
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = [group["alpha"].item() for group in optimizer.param_groups]
+    train(other, resumed, range(40, 41))
+    first, second = (group["alpha"].item() for group in resumed.param_groups)
+    assert first == pytest.approx(found[0], rel=0.5)
+    assert second == pytest.approx(found[0 if new == "global" else 1], rel=0.5)
+    assert sum(train(other, resumed, range(41, 81))[-10:]) < sum(losses[:10])
+    assert all(("elra" in state) == (new == "tensor") for state in resumed.state.values())

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 from transformers import SchedulerType, get_scheduler
 
-from .problems import VARIANTS, loss_of, net, train
+from .problems import VARIANTS, flat, loss_of, net, train
 
 STEPS = 160
 every = pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
@@ -202,3 +202,40 @@ def test_a_late_group_with_a_lr_far_above_is_held_and_told(cls):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(21, 24))
+
+
+@every
+@pytest.mark.parametrize("lr", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_lr_that_is_no_number_is_refused_and_nothing_has_happened(cls, lr, at):
+    """As of a schedule that divides by 0; AdamW's weights would be lost."""
+    model, other = net(), net()
+    optimizer, plain = (
+        cls([{"params": layer.parameters()} for layer in (each[0], each[2])], lr=1e-3) for each in (model, other)
+    )
+    train(model, optimizer, range(at))
+    before = flat(model).clone()
+    optimizer.param_groups[1]["lr"] = lr
+    with pytest.raises(ValueError, match=f"lr={lr} of a parameter group.*finite numbers"):
+        train(model, optimizer, [at])
+    assert torch.equal(flat(model), before)
+    optimizer.param_groups[1]["lr"] = 1e-3
+    train(model, optimizer, range(at, 20))
+    train(other, plain, range(20))
+    assert torch.equal(flat(model), flat(other))
+
+
+@every
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["float", "tensor"])
+def test_a_lr_below_zero_counts_as_zero(cls, make):
+    """As of ``1 - step / total`` that goes on beyond total: uphill, and with a rate that rises."""
+    model, other = net(), net()
+    optimizer, held = cls(model.parameters(), lr=make(1e-3)), cls(other.parameters(), lr=make(1e-3))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for step in range(30):
+            for each, its, lowest in ((model, optimizer, -1e-3), (other, held, 0.0)):
+                its.param_groups[0]["lr"] = make(max(1e-3 * (1.0 - step / 20), lowest))
+                train(each, its, [step])
+    assert torch.equal(flat(model), flat(other))
+    assert len([each for each in seen if "fall below 0" in str(each.message)]) == (make is float)

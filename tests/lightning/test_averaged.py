@@ -67,6 +67,42 @@ def test_a_checkpoint_holds_both(tmp_path):
     assert torch.equal(flat(loaded), whole.validated[0])
 
 
+def test_a_checkpoint_of_weights_alone_is_of_the_average(tmp_path):
+    """Lightning does not ask callbacks for it."""
+    module, keep = Watched(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=True)
+    run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=2, enable_checkpointing=True)
+    run.fit(module, loader(), loader())
+    for epoch, validated in enumerate(module.validated):
+        loaded = Watched()
+        loaded.load_state_dict(torch.load(tmp_path / f"{epoch=}.ckpt", weights_only=True)["state_dict"])
+        assert torch.equal(flat(loaded), validated)
+    assert "save_checkpoint" not in vars(run.strategy)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_that_is_saved_in_a_validation_is_the_same(weights_only, tmp_path):
+    class Saving(Watched):
+        def on_validation_epoch_end(self):
+            super().on_validation_epoch_end()
+            self.trainer.save_checkpoint(tmp_path / f"inside{len(self.validated)}.ckpt", weights_only=weights_only)
+            assert torch.equal(flat(self), self.validated[-1])
+
+    keep = ModelCheckpoint(tmp_path, filename="outside", save_weights_only=weights_only)
+    module, plain = Saving(), Watched()
+    run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=2, enable_checkpointing=True)
+    run.fit(module, loader(), loader())
+    trainer(max_epochs=2).fit(plain, loader(), loader())
+    assert torch.equal(module.iterates[-1], plain.iterates[-1])
+    inside, outside = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True, map_location="cpu") for name in ("inside2", "outside")
+    )
+    assert ("elra_iterate" in inside) != weights_only
+    for name in ("state_dict", "elra_iterate"):
+        one, other = inside.get(name, {}), outside.get(name, {})
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 def test_a_validation_that_fails_leaves_the_iterate():
     module = Watched(fail=True)
     with pytest.raises(RuntimeError, match="a validation that fails"):

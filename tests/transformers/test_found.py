@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from elra_hf import ElraAdamW, ElraC2Min
 from elra_hf.adapters.found import KEPT, Found, Trace, sentence
 from elra_hf.adapters.transformers import RateFinder
 
-from .jobs import run
+from .jobs import Rows, arguments, run
 
 ROOT = Path(__file__).parents[2]
 LINES = {
@@ -208,6 +209,48 @@ def test_the_run_after_the_finder_is_the_run_without_it(tmp_path):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert losses(True) == losses(False)
+
+
+class Failing(TrainerCallback):
+    """Fails at a step, once, as memory that runs out or somebody who presses Ctrl-C."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.errors = [error]
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 4 and self.errors:
+            raise self.errors.pop()
+
+
+def test_a_search_that_fails_leaves_no_trace(tmp_path):
+    model, finder = Remembering(), RateFinder(7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, "elra_adamw"),
+        train_dataset=Rows(),
+        callbacks=[finder, Failing(KeyboardInterrupt())],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert finder.found.steps == 7
+
+
+def test_a_search_that_begins_anew_with_smaller_batches_begins_with_the_same_weights(tmp_path):
+    def search(**options):
+        model, finder = Remembering(), RateFinder(7)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        failing = [Failing(RuntimeError("CUDA out of memory."))] if "auto_find_batch_size" in options else []
+        trainer = run(tmp_path, "elra_adamw", model, callbacks=[finder, *failing], **options)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        return finder.found, trainer.state.train_batch_size
+
+    found, size = search(auto_find_batch_size=True)
+    assert size < 8
+    assert search(per_device_train_batch_size=size) == (found, size)
 
 
 def test_a_run_shorter_than_the_search_is_searched_whole(tmp_path):
