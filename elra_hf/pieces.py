@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (entries of a piece, entries of a tensor that is packed with others). On the CPU a piece and its temporaries stay in the
-# cache; elsewhere a launch costs more than a copy.
+# (entries of a piece that has to be copied, entries of a tensor that is packed with others). On the CPU a piece and its
+# temporaries stay in the cache; elsewhere a launch costs more than a copy.
 CPU_SIZES = (2**16, 2**12)
 DEVICE_SIZES = (2**27, 2**20)
+MOST_ON_CPU = 2**20  # bytes of a piece that lies ready, and so of each temporary
 
 SIZES = ("logs", "count", "fans", "entries", "size")  # see `Bucket.sizes`
 
@@ -107,8 +108,9 @@ class Bucket:
         held = 0
         for i, p in enumerate(self.params):
             n = p.numel()
-            if n > size or (n > small and all(self._ready([p, *(column[i] for column in self.state.values())]))):
-                yield from self._cut(i, size)
+            ready = all(self._ready([p, *(column[i] for column in self.state.values())]))
+            if n > size or (n > small and ready):
+                yield from self._cut(i, max(size, MOST_ON_CPU // p.element_size()) if on_cpu and ready else size)
                 continue
             if packed and held + n > size:
                 yield self._pack(packed)
