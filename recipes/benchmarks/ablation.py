@@ -159,9 +159,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 }
 IMAGES = ("digits-mlp", "digits-cnn", "mnist-mlp", "mnist-cnn")
 CHOSEN = {
-    "elra_adamw": ("gpt-small", "gpt-small-lora", "minilm-probe", *IMAGES),
-    "elra_c2min": ("python-2x64", "mnist-autoencoder", *IMAGES),
-    "elra_p2min": ("python-2x64", "mnist-autoencoder", *IMAGES),
+    "elra_adamw": ("gpt-small", "minilm-probe", *IMAGES),
+    "elra_c2min": ("mnist-autoencoder", *IMAGES),
+    "elra_p2min": ("mnist-autoencoder", *IMAGES),
 }
 
 
