@@ -134,7 +134,7 @@ class CLI(LightningCLI):
             metrics={"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"]},
             settings={
                 "optimizer": f"`{name}`",
-                "first rate (`lr`)": f"{optimizer.defaults['lr']:g}",
+                "`lr`": f"{optimizer.defaults['lr']:g}" + (" (only what the schedule refers to)" if self.found() else ""),
                 "schedule": hparams.schedule,
                 "epochs": trainer.current_epoch,
                 "images a step": data.batch_size * trainer.accumulate_grad_batches,
@@ -171,7 +171,7 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], path: Path) -> None:
 def results(name: str, optimizer: Optimizer, metrics: Mapping[str, float], log: Log) -> Table:
     """What the run reached."""
     table = Table(box=box.SIMPLE, title="measured on the test data")
-    for column in ("optimizer", "first rate", "median rate", "accuracy", "loss", "train loss", "seconds"):
+    for column in ("optimizer", "lr", "median rate", "accuracy", "loss", "train loss", "seconds"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     rates = [value for _, value in series(log, "learning_rate")] or [math.nan]  # another optimizer logs none
     figures = [metrics[key] for key in ("test_accuracy", "test_loss", "train_loss")]

@@ -45,8 +45,8 @@ def sweep_table():
 
 
 WORDS = {
-    text_table: "optimizer/first rate/median rate/accuracy/macro_f1/train loss/seconds/adamw_torch_fused/0.9123/0.6123",
-    image_table: "optimizer/first rate/median rate/accuracy/train loss/seconds/ElraAdamW/0.9123/0.7123/0.6123",
+    text_table: "optimizer/lr/median rate/accuracy/macro_f1/train loss/seconds/adamw_torch_fused/0.9123/0.6123",
+    image_table: "optimizer/lr/median rate/accuracy/train loss/seconds/ElraAdamW/0.9123/0.7123/0.6123",
     sweep_table: "optim/learning_rate/test_accuracy/test_macro_f1/train_runtime/elra_adamw/none given/0.160 ± 0.071",
 }
 
