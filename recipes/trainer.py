@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -164,7 +163,7 @@ def row_of(run: Run, part: str, metrics: Sequence[str]) -> dict[str, str]:
     return {
         "optimizer": run.args.optim.value,
         "lr": f"{run.args.learning_rate:g}",
-        "median rate": f"{statistics.median(value for _, value in series(run.log, 'learning_rate')):.2g}",
+        "rate found": f"{rate['found_rate']:.2g}" if (rate := found(run)) else "–",
         **{name: f"{run.metrics[f'{part}_{name}']:.4f}" for name in metrics},
         "train loss": f"{run.metrics['train_loss']:.4f}",
         "seconds": f"{run.metrics['train_runtime']:.0f}",
