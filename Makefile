@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
 
-# a small language model from scratch, 5 to 7 minutes
+# a small language model from scratch, 4 to 7 minutes
 demo-lm: $(VENV)/.installed
 	$(BIN)/python -m recipes.language_modeling.train $(ARGS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,7 +139,7 @@ def settings(run: Run) -> dict[str, object]:
     args = run.args
     return {
         "optimizer": f"`{args.optim.value}`" + (f" ({args.optim_args})" if args.optim_args else ""),
-        "first rate (`learning_rate`)": f"{args.learning_rate:g}",
+        "`learning_rate`": f"{args.learning_rate:g}" + (" (only what the schedule refers to)" if found(run) else ""),
         "schedule": args.lr_scheduler_type.value,
         "clipping": args.max_grad_norm,
         "epochs": args.num_train_epochs,
@@ -163,8 +162,8 @@ def row_of(run: Run, part: str, metrics: Sequence[str]) -> dict[str, str]:
     """What a run reached, column by column; ``part`` is the prefix of the metrics."""
     return {
         "optimizer": run.args.optim.value,
-        "first rate": f"{run.args.learning_rate:g}",
-        "median rate": f"{statistics.median(value for _, value in series(run.log, 'learning_rate')):.2g}",
+        "lr": f"{run.args.learning_rate:g}",
+        "rate found": f"{rate['found_rate']:.2g}" if (rate := found(run)) else "–",
         **{name: f"{run.metrics[f'{part}_{name}']:.4f}" for name in metrics},
         "train loss": f"{run.metrics['train_loss']:.4f}",
         "seconds": f"{run.metrics['train_runtime']:.0f}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import statistics
@@ -32,7 +31,7 @@ import elra_hf  # noqa: F401  makes --optimizer know ElraC2Min, ElraP2Min and El
 from elra_hf.adapters.found import facts
 from elra_hf.adapters.lightning import ElraMonitor
 from elra_hf.cards import write_card
-from elra_hf.plots import Log, plot_rates, series
+from elra_hf.plots import plot_rates, series
 from recipes.cli import InputError, nearest, run, show
 from recipes.image_classification.data import Images
 from recipes.image_classification.model import ImageClassifier
@@ -109,7 +108,7 @@ class CLI(LightningCLI):
         plot_rates({name: log}, Path(folder) / "rate.png")
         plot_confusion(self.model.matrix, self.datamodule.classes, Path(folder) / "confusion.png")
         self.describe(Path(folder), name, optimizer, metrics)
-        show(results(name, optimizer, metrics, log))
+        show(results(name, optimizer, metrics, self.found()))
         print(f"card {folder}/README.md, pictures {folder}/rate.png and {folder}/confusion.png")
 
     def _callback(self, kind: type) -> Any:
@@ -134,7 +133,7 @@ class CLI(LightningCLI):
             metrics={"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"]},
             settings={
                 "optimizer": f"`{name}`",
-                "first rate (`lr`)": f"{optimizer.defaults['lr']:g}",
+                "`lr`": f"{optimizer.defaults['lr']:g}" + (" (only what the schedule refers to)" if self.found() else ""),
                 "schedule": hparams.schedule,
                 "epochs": trainer.current_epoch,
                 "images a step": data.batch_size * trainer.accumulate_grad_batches,
@@ -168,17 +167,16 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def results(name: str, optimizer: Optimizer, metrics: Mapping[str, float], log: Log) -> Table:
+def results(name: str, optimizer: Optimizer, metrics: Mapping[str, float], found: Mapping[str, Any] | None) -> Table:
     """What the run reached."""
     table = Table(box=box.SIMPLE, title="measured on the test data")
-    for column in ("optimizer", "first rate", "median rate", "accuracy", "loss", "train loss", "seconds"):
+    for column in ("optimizer", "lr", "rate found", "accuracy", "loss", "train loss", "seconds"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
-    rates = [value for _, value in series(log, "learning_rate")] or [math.nan]  # another optimizer logs none
     figures = [metrics[key] for key in ("test_accuracy", "test_loss", "train_loss")]
     table.add_row(
         name,
         f"{optimizer.defaults['lr']:g}",
-        f"{statistics.median(rates):.2g}",
+        f"{found['found_rate']:.2g}" if found else "–",
         *(f"{figure:.4f}" for figure in figures),
         f"{metrics['train_runtime']:.0f}",
     )

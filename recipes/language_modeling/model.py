@@ -94,6 +94,7 @@ def load_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, bloc
     else:
         with loading(path):
             model = AutoModelForCausalLM.from_pretrained(path)
+    model.loss_type = model.loss_type or "ForCausalLM"  # GPT-2's is guessed otherwise, with a warning
     positions = getattr(model.config, "max_position_embeddings", block_size)
     if not 2 <= block_size <= positions:
         raise InputError(f"--block_size {block_size}: the model takes 2 to {positions} tokens")

@@ -114,7 +114,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     ids = torch.tensor([row["input_ids"] for row in rows])
     labels = ids.clone()
     labels[:, 0] = -100  # nothing stands before it; the Trainer's mean is over the labels that are left
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}  # nothing is padded
 
 
 def sample(folder: str, prompt: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:

@@ -17,7 +17,7 @@ from recipes.sweep import table
 from recipes.trainer import Run, row_of
 from recipes.trainer import results as texts
 
-LOG = [{"step": 1, "learning_rate": 1.25e-4}, {"step": 2, "learning_rate": 1.25e-4}]
+LOG = [{"step": 1, "learning_rate": 1.25e-4}, {"step": 2, "elra_found_rate": 1.25e-4}]
 
 
 def text_table():
@@ -35,7 +35,7 @@ def text_table():
 
 def image_table():
     metrics = {"test_accuracy": 0.91234, "test_loss": 0.71234, "train_loss": 0.61234, "train_runtime": 51}
-    return images("ElraAdamW", ElraAdamW([torch.nn.Parameter(torch.ones(1))]), metrics, LOG)
+    return images("ElraAdamW", ElraAdamW([torch.nn.Parameter(torch.ones(1))]), metrics, {"found_rate": 1.25e-4})
 
 
 def sweep_table():
@@ -45,8 +45,8 @@ def sweep_table():
 
 
 WORDS = {
-    text_table: "optimizer/first rate/median rate/accuracy/macro_f1/train loss/seconds/adamw_torch_fused/0.9123/0.6123",
-    image_table: "optimizer/first rate/median rate/accuracy/train loss/seconds/ElraAdamW/0.9123/0.7123/0.6123",
+    text_table: "optimizer/lr/rate found/accuracy/macro_f1/train loss/seconds/0.00013/adamw_torch_fused/0.9123/0.6123",
+    image_table: "optimizer/lr/rate found/accuracy/train loss/seconds/0.00013/ElraAdamW/0.9123/0.7123/0.6123",
     sweep_table: "optim/learning_rate/test_accuracy/test_macro_f1/train_runtime/elra_adamw/none given/0.160 ± 0.071",
 }
 

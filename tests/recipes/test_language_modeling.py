@@ -55,7 +55,7 @@ def test_from_scratch_writes_model_card_picture_logs_and_rows(base):
     assert "-m recipes.language_modeling.train --train_file" in card.text
     header, *rows = (folder / "results.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["elra_adamw", "adamw_torch"]
-    assert header.startswith("optimizer,first rate,median rate,perplexity,loss")
+    assert header.startswith("optimizer,lr,rate found,perplexity,loss")
     assert "measured on the test data" in printed
     losses = [entry["loss"] for entry in state(folder)["log_history"] if "loss" in entry]
     assert len(losses) == 6

@@ -91,7 +91,7 @@ def test_options_come_from_a_yaml_file_and_the_command_line_wins(tiny_model: str
     run(main, [str(config), "--output_dir", str(tmp_path / "yes"), "--max_steps", "2", "--disable_tqdm", "true"])
     state = json.loads((tmp_path / "yes/trainer_state.json").read_text())
     assert state["global_step"] == 2
-    assert "(`learning_rate`) | 0.0001 |" in (tmp_path / "yes/README.md").read_text()
+    assert "| `learning_rate` | 0.0001 (only what the schedule refers to) |" in (tmp_path / "yes/README.md").read_text()
     assert not (tmp_path / "no").exists()
 
 
