@@ -237,7 +237,8 @@ class Elra(Launches):
 def read(bucket: Bucket, *values: Any) -> list[Any]:
     """0-dim tensors as floats on the CPU, where that waits for nothing, else on the device and in the dtype of the bucket."""
     device, dtype = bucket.params[0].device, bucket.dtype
-    if device.type == "cpu" and not torch.compiler.is_compiling() and values[-1].device.type == "cpu":
+    readable = type(values[-1]) is Tensor and values[-1].device.type == "cpu"  # a tensor of FakeTensorMode has no value
+    if readable and device.type == "cpu" and not torch.compiler.is_compiling():
         return [float(value) for value in values]
     return [value.to(device, dtype) for value in values]
 
