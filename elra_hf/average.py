@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,10 @@ def averaged(optimizer: Any) -> Iterator[None]:
     through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism, without a
     collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the parameter's dtype:
     4 bytes of state a float32 parameter. The block itself takes as much again, for x.
+
+    Buffers are left alone. The running statistics of BatchNorm are those of the iterate, and do not fit the average: take them
+    anew inside of the block, with ``torch.optim.swa_utils.update_bn(batches, model)``, before the model is evaluated or saved,
+    and once more after it if training goes on.
 
     Args:
         optimizer: one of ours, or a wrapper of it.
@@ -73,6 +78,16 @@ def settle(optimizer: Any) -> None:
     _to_average(pairs)
     for _, way in pairs:
         way.zero_()
+
+
+def warn_of_statistics(name: str, module: nn.Module) -> None:
+    """Warn on behalf of the callback ``name`` where ``module`` has running statistics, which nobody averages."""
+    if any(isinstance(each, nn.modules.batchnorm._BatchNorm) and each.track_running_stats for each in module.modules()):
+        warnings.warn(
+            f"{name}: the running statistics of BatchNorm stay those of the iterate, which do not fit its average. After the "
+            "training take them anew, with torch.optim.swa_utils.update_bn(batches, model), and judge the average by that",
+            stacklevel=3,
+        )
 
 
 def keeper(optimizer: Any) -> Elra:
