@@ -148,10 +148,11 @@ class Checkpoints(Groups):
 
     def _refuse_shapes(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError for the state of parameters of other shapes; the step sees those of slices."""
-        if self.process_group is not None:
-            return
-        for given, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for i, p in zip(given["params"], group["params"], strict=False):
+        pairs = list(zip(state_dict["param_groups"], self.param_groups, strict=False))
+        if self.process_group is not None or any(len(given["params"]) != len(own["params"]) for given, own in pairs):
+            return  # torch refuses other numbers of parameters
+        for given, group in pairs:
+            for i, p in zip(given["params"], group["params"], strict=True):
                 state = state_dict["state"].get(i, {}) if type(p) in PLAIN_TENSORS else {}
                 for shape in (state[name].shape for name in self.direction.dtypes(p, group) if name in state):
                     if shape != p.shape:
