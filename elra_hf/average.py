@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .hands import Hands, counts
 from .optimizer import Elra, unwrap
 from .reduce import local, slicer
 
@@ -51,11 +52,14 @@ def averaged(optimizer: Any) -> Iterator[None]:
     inner = keeper(optimizer)
     if inner in _swapped:
         raise RuntimeError("averaged: the parameters hold the average already; do not nest it")
+    inner._hands.tell(inner.state)
+    params = [p for group in inner.param_groups for p in group["params"]]
+    before = counts(params)
     pairs = _pairs(inner)
     iterates = [local(p.detach()).clone() for p, _ in pairs]
     _swapped.add(inner)
     handle = inner.register_step_pre_hook(_refuse)
-    sharded = any(local(p) is not p for group in inner.param_groups for p in group["params"])
+    sharded = any(local(p) is not p for p in params)
     try:
         _to_average(pairs)
         with _gathered_anew() if sharded else nullcontext():
@@ -66,6 +70,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
         with torch.no_grad():
             for (p, _), iterate in zip(pairs, iterates, strict=True):
                 local(p.detach()).copy_(iterate)  # wherever p is by now: the block may have cast or moved the model and back
+        inner._hands.forgive(params, before)
 
 
 def settle(optimizer: Any) -> None:
@@ -74,10 +79,13 @@ def settle(optimizer: Any) -> None:
     Raises:
         TypeError, ValueError: as `averaged`.
     """
-    pairs = _pairs(keeper(optimizer))
+    inner = keeper(optimizer)
+    inner._hands.tell(inner.state)
+    pairs = _pairs(inner)
     _to_average(pairs)
     for _, way in pairs:
         way.zero_()
+    inner._hands = Hands(inner._hands.followed)
 
 
 def warn_of_statistics(name: str, module: nn.Module) -> None:
