@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .hands import Hands, counts
 from .optimizer import Elra, unwrap
 from .reduce import local, slicer
 
@@ -34,6 +36,10 @@ def averaged(optimizer: Any) -> Iterator[None]:
     collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the parameter's dtype:
     4 bytes of state a float32 parameter. The block itself takes as much again, for x.
 
+    Buffers are left alone. The running statistics of BatchNorm are those of the iterate, and do not fit the average: take them
+    anew inside of the block, with ``torch.optim.swa_utils.update_bn(batches, model)``, before the model is evaluated or saved,
+    and once more after it if training goes on.
+
     Args:
         optimizer: one of ours, or a wrapper of it.
 
@@ -46,11 +52,14 @@ def averaged(optimizer: Any) -> Iterator[None]:
     inner = keeper(optimizer)
     if inner in _swapped:
         raise RuntimeError("averaged: the parameters hold the average already; do not nest it")
+    inner._hands.tell(inner.state)
+    params = [p for group in inner.param_groups for p in group["params"]]
+    before = counts(params)
     pairs = _pairs(inner)
     iterates = [local(p.detach()).clone() for p, _ in pairs]
     _swapped.add(inner)
     handle = inner.register_step_pre_hook(_refuse)
-    sharded = any(local(p) is not p for group in inner.param_groups for p in group["params"])
+    sharded = any(local(p) is not p for p in params)
     try:
         _to_average(pairs)
         with _gathered_anew() if sharded else nullcontext():
@@ -61,6 +70,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
         with torch.no_grad():
             for (p, _), iterate in zip(pairs, iterates, strict=True):
                 local(p.detach()).copy_(iterate)  # wherever p is by now: the block may have cast or moved the model and back
+        inner._hands.forgive(params, before)
 
 
 def settle(optimizer: Any) -> None:
@@ -69,10 +79,23 @@ def settle(optimizer: Any) -> None:
     Raises:
         TypeError, ValueError: as `averaged`.
     """
-    pairs = _pairs(keeper(optimizer))
+    inner = keeper(optimizer)
+    inner._hands.tell(inner.state)
+    pairs = _pairs(inner)
     _to_average(pairs)
     for _, way in pairs:
         way.zero_()
+    inner._hands = Hands(inner._hands.followed)
+
+
+def warn_of_statistics(name: str, module: nn.Module) -> None:
+    """Warn on behalf of the callback ``name`` where ``module`` has running statistics, which nobody averages."""
+    if any(isinstance(each, nn.modules.batchnorm._BatchNorm) and each.track_running_stats for each in module.modules()):
+        warnings.warn(
+            f"{name}: the running statistics of BatchNorm stay those of the iterate, which do not fit its average. After the "
+            "training take them anew, with torch.optim.swa_utils.update_bn(batches, model), and judge the average by that",
+            stacklevel=3,
+        )
 
 
 def keeper(optimizer: Any) -> Elra:

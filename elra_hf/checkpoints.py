@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .groups import OWN, Groups, number
+from .hands import Hands
 from .pieces import PLAIN_TENSORS
 
 
@@ -23,6 +24,10 @@ class Checkpoints(Groups):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._all_groups = list(self.param_groups)
+        # what is loaded is nobody's move
+        moved = [group.pop("elra_moved", "").split() for group in self.param_groups]
+        pairs = zip(self.param_groups, moved, strict=True)
+        self._hands = Hands(group["params"][int(i)] for group, positions in pairs for i in positions)
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("dealt", None)
         self.__dict__.setdefault("check_sync", False)
@@ -41,9 +46,12 @@ class Checkpoints(Groups):
 
         Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
         """
+        self._hands.tell(self.state)
         state_dict = super().state_dict()
+        followed = self._hands.followed
         for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=False):
             group["elra_ages"] = self._ages(mine)
+            group["elra_moved"] = " ".join(str(i) for i, p in enumerate(mine["params"]) if p in followed)
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
             if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing
@@ -148,10 +156,11 @@ class Checkpoints(Groups):
 
     def _refuse_shapes(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError for the state of parameters of other shapes; the step sees those of slices."""
-        if self.process_group is not None:
-            return
-        for given, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for i, p in zip(given["params"], group["params"], strict=False):
+        pairs = list(zip(state_dict["param_groups"], self.param_groups, strict=False))
+        if self.process_group is not None or any(len(given["params"]) != len(own["params"]) for given, own in pairs):
+            return  # torch refuses other numbers of parameters
+        for given, group in pairs:
+            for i, p in zip(given["params"], group["params"], strict=True):
                 state = state_dict["state"].get(i, {}) if type(p) in PLAIN_TENSORS else {}
                 for shape in (state[name].shape for name in self.direction.dtypes(p, group) if name in state):
                     if shape != p.shape:

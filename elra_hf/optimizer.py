@@ -13,6 +13,7 @@ from torch import Tensor
 from . import kernels
 from .checks import check_number, is_number
 from .directions import Direction, Move
+from .hands import Hands
 from .launches import Launches
 from .pieces import SIZES, Bucket, dot
 from .reduce import Groups as Ranks
@@ -106,6 +107,7 @@ class Elra(Launches):
         self.check_sync = check_sync
         # one of the parameters, where whole ones are dealt out over process_group, so that a rank may hold none
         self.dealt: Tensor | None = None
+        self._hands = Hands()
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -150,6 +152,10 @@ class Elra(Launches):
             with torch.enable_grad():
                 result = closure()
         params = [p for group in self.param_groups for p in group["params"]]
+        # slices are written to by those who cut them
+        hands = None if torch.compiler.is_compiling() or self.process_group is not None else self._hands
+        if hands is not None:
+            hands.look(params, self.state)
         ranks = self._ranks(params)
         buckets = self._gather(ranks)
         self._require_all(params)
@@ -165,6 +171,8 @@ class Elra(Launches):
                     group["elra_calls"] = min(group["elra_calls"] + 1, 2)
         for bucket in buckets:
             bucket.clear()
+        if hands is not None:
+            hands.remember(params)
         return result
 
     def _step(
@@ -237,7 +245,8 @@ class Elra(Launches):
 def read(bucket: Bucket, *values: Any) -> list[Any]:
     """0-dim tensors as floats on the CPU, where that waits for nothing, else on the device and in the dtype of the bucket."""
     device, dtype = bucket.params[0].device, bucket.dtype
-    if device.type == "cpu" and not torch.compiler.is_compiling() and values[-1].device.type == "cpu":
+    readable = type(values[-1]) is Tensor and values[-1].device.type == "cpu"  # a tensor of FakeTensorMode has no value
+    if readable and device.type == "cpu" and not torch.compiler.is_compiling():
         return [float(value) for value in values]
     return [value.to(device, dtype) for value in values]
 

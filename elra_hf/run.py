@@ -10,6 +10,7 @@ import importlib.util
 import os
 import runpy
 import sys
+from types import ModuleType
 
 import elra_hf  # noqa: F401  registers the optimizers
 from elra_hf.adapters.children import learn
@@ -38,7 +39,7 @@ def main() -> None:
     args = sys.argv[1:]
     launchers: list[str] = []
     replaced, steps = "", 0
-    while args and args[0].startswith("-") and args[0] != "-m":
+    while args and args[0].startswith("-") and args[0] not in ("-", "-m"):
         option, _, value = args.pop(0).partition("=")
         if option in ("-h", "--help"):
             print(USAGE, end="")
@@ -61,8 +62,10 @@ def main() -> None:
     if not args:
         print(USAGE, end="", file=sys.stderr)
         sys.exit(2)
-    if not as_module and not os.path.exists(args[0]):
+    if not as_module and args[0] != "-" and not os.path.exists(args[0]):
         _stop(f"no script {args[0]!r}. For a module: python -m elra_hf.run -m {args[0]}", 1)
+    if not as_module and os.path.isdir(args[0]) and not os.path.exists(os.path.join(args[0], "__main__.py")):
+        _stop(f"{args[0]!r} is a folder without __main__.py: name the script in it", 1)
     try:
         learn(replaced, steps)
     except ValueError as error:
@@ -76,12 +79,23 @@ def main() -> None:
         # as `python SCRIPT` does: __file__ holds also after a chdir, and the script's folder is where -m put the current one
         script = os.path.abspath(args[0])
         if not getattr(sys.flags, "safe_path", False):  # with -P neither is there
-            sys.path[0] = os.path.dirname(script)
-        runpy.run_path(script, run_name="__main__")
+            sys.path[0] = os.path.dirname(script) if args[0] != "-" else ""
+        if os.path.isfile(script) or os.path.isdir(script):
+            runpy.run_path(script, run_name="__main__")
+        else:
+            _run_stream(args[0])
     if replaced and not built():
         print(f"elra_hf.run: --replace {replaced}: this process built no torch.optim.AdamW", file=sys.stderr)
     if steps and not searched():
         print("elra_hf.run: --find-rate: this process itself trained with no Trainer of transformers", file=sys.stderr)
+
+
+def _run_stream(name: str) -> None:
+    """Run what standard input (``-``) or a pipe holds, which runpy would read twice."""
+    with open(0 if name == "-" else name, "rb") as file:
+        code = compile(file.read(), "<stdin>" if name == "-" else name, "exec")
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    exec(code, vars(module))
 
 
 def _exists(module: str) -> bool:

@@ -10,7 +10,7 @@ import transformers.trainer
 import wrapt
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from elra_hf.average import averaged, keeper, settle
+from elra_hf.average import averaged, keeper, settle, warn_of_statistics
 
 from .found import Found, Search
 from .transformers import say
@@ -92,6 +92,7 @@ class AveragedWeights(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         optimizer: Any = None,
         **_: Any,
     ) -> None:
@@ -107,6 +108,7 @@ class AveragedWeights(TrainerCallback):  # type: ignore[misc]
                 f"AveragedWeights: load_best_model_at_end does not go with {other}, since the average of a checkpoint is in "
                 "its optimizer.pt: leave one of them out"
             )
+        warn_of_statistics("AveragedWeights", model)
 
     def on_train_end(
         self,

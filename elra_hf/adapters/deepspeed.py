@@ -48,7 +48,7 @@ def sharding_group(model: nn.Module, config: Mapping[str, Any] | str | os.PathLi
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("there is no process group yet: call deepspeed.init_distributed() before building the optimizer")
-    options = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    options = config if isinstance(config, Mapping) else json.loads(Path(config).read_text("utf-8"))
     zero = options.get("zero_optimization", {})
     split = int(options.get("tensor_parallel", {}).get("autotp_size", 0))
     if split > 1:

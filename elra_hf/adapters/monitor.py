@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elra_hf.average import averaged, keeper, settle
+from elra_hf.average import averaged, keeper, settle, warn_of_statistics
 from elra_hf.optimizer import Elra, rate, unwrap
 from elra_hf.reduce import local, slicer
 
@@ -60,6 +60,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                     "ElraMonitor(averaged=True) does not go with a strategy that shards the weights: leave it out, and use "
                     "elra_hf.averaged(optimizer) where you evaluate"
                 )
+            warn_of_statistics("ElraMonitor(averaged=True)", pl_module)
             self._save_average(trainer)
         self._traces, self._steps = {index: Trace() for index, _ in _elra(trainer.optimizers)}, trainer.global_step
         if not self.loss_restarts:

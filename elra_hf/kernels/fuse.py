@@ -73,7 +73,7 @@ def _load(source: str) -> Any:
     """The program as a Triton function, which wants to see its source in a file."""
     name = f"fused_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
-        path = cached(f"{name}.py", lambda path: path.write_text(source))
+        path = cached(f"{name}.py", lambda path: path.write_text(source, "utf-8"))
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None

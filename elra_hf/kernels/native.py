@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # of Path.home(), where a user has none
         log.debug("elra_hf: no kernels for the CPU, plain torch does the work: %s", error)
         return None
 
@@ -68,7 +68,7 @@ def _build(compiler: str) -> Path:
     processor = (
         next((x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))), "") if info.exists() else ""
     )
-    key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.platform(), platform.processor(), processor))
+    key = "\0".join((SOURCE.read_text("utf-8"), *FLAGS, compiler, platform.platform(), platform.processor(), processor))
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
     def compile_to(path: Path) -> None:
@@ -80,7 +80,8 @@ def _build(compiler: str) -> Path:
 
 def cached(name: str, make: Callable[[Path], object]) -> Path:
     """The file of that name in the user's cache folder; what is not there is made, at once, for others may be at it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elra_hf"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (given if given.is_absolute() else Path.home() / ".cache") / "elra_hf"
     path = folder / name
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import elra_hf
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min
@@ -236,3 +237,24 @@ def test_state_takes_what_is_documented():
         own = {name: value for name, value in state.items() if value.shape == net.weight.shape}
         assert sum(value.numel() * value.element_size() for value in own.values()) == expected * net.weight.numel()
         assert own["way"].element_size() == 4
+
+
+def test_statistics_taken_anew_fit_the_average():
+    """As the docstring advises for BatchNorm: those of the iterate do not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 2)).double()
+    optimizer = ElraAdamW(net.parameters())
+    train(net, optimizer, 300)
+    x, y = batch(1000)
+
+    def loss():
+        with torch.no_grad():
+            return nn.functional.mse_loss(net.eval()(x), y).item()
+
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with elra_hf.averaged(optimizer):
+        stale = loss()
+        update_bn([batch(step)[0] for step in range(100)], net)
+        assert loss() < 0.7 * stale
+    for name, value in net.named_parameters():
+        assert torch.equal(value, before[name])

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from elra_hf import rate
@@ -302,3 +303,23 @@ def test_a_checkpoint_goes_on_under_another_scope(cls, old, new):
     assert second == pytest.approx(found[0 if new == "global" else 1], rel=0.5)
     assert sum(train(other, resumed, range(41, 81))[-10:]) < sum(losses[:10])
     assert all(("elra" in state) == (new == "tensor") for state in resumed.state.values())
+
+
+@every
+@scopes
+def test_tensors_without_numbers(cls, scope):
+    """Estimators of memory take steps under FakeTensorMode or on the device "meta": the state is as large as that of a run."""
+
+    def state_of(device):
+        params = [nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 3), (4,), ())]
+        optimizer = cls(params, scope=scope, weight_decay=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return [{name: (t.shape, t.dtype) for name, t in optimizer.state[p].items()} for p in params]
+
+    expected = state_of("cpu")
+    assert state_of("meta") == expected
+    with FakeTensorMode():
+        assert state_of("cpu") == expected

@@ -2,7 +2,11 @@
 
 import copy
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +16,10 @@ from hypothesis import strategies as st
 
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, kernels
 from elra_hf.directions import Adam, Momentum, Move
+from elra_hf.kernels import native
 from elra_hf.pieces import Bucket
 
+ROOT = Path(__file__).parents[2]
 SIZES = [(1,), (3, 5), (), (0,), (300, 70), (1025,), (17_000,)]
 NEEDS = ("gg", "gm", "gs", "mm", "ss")
 DIRECTIONS = {"adam": Adam(), "momentum": Momentum(), "no momentum": Momentum((0.0, 0.0))}
@@ -130,6 +136,47 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # where text is ASCII
+        {"XDG_CACHE_HOME": ""},  # which stands for ~/.cache
+        {"XDG_CACHE_HOME": "here"},  # which no folder may be, that depends on where one is
+        {"HOME": None},
+    ],
+    ids=str,
+)
+def test_kernels_are_built_in_any_environment(given, tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **given}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    code = "from elra_hf.kernels import native; print(native.library() is not None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "True\n", done.stderr
+    assert {each.name for each in tmp_path.iterdir()} <= {"home"}
+
+
+def test_without_a_home_plain_torch_does_the_work(monkeypatch):
+    """As of a user that only a container's command line knows."""
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        ElraAdamW([p]).step()
+        assert (p < 1.0).all()
+    finally:
+        native.library.cache_clear()
 
 
 @pytest.mark.parametrize("kind", [NATIVE, TRITON])

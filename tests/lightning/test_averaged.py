@@ -127,3 +127,15 @@ def test_the_papers_rule_is_refused():
     module = Classifier(lambda module: ElraC2Min(module.parameters(), horizon=math.inf))
     with pytest.raises(ValueError, match="keeps no average"):
         trainer(callbacks=[ElraMonitor(averaged=True)]).fit(module, loader())
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_running_statistics_are_warned_of(normed, recwarn):
+    """Nobody averages them."""
+    module = Watched()
+    if normed:
+        module.net[1] = torch.nn.BatchNorm1d(8)
+    trainer(callbacks=[ElraMonitor(averaged=True)], max_steps=2).fit(module, loader())
+    said = [str(each.message) for each in recwarn if "running statistics of BatchNorm" in str(each.message)]
+    assert len(said) == normed
+    assert all("update_bn(batches, model)" in each for each in said)

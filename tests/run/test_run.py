@@ -65,6 +65,7 @@ def test_arguments_and_exit_status_are_the_scripts(tmp_path):
         ([], 2, "usage"),
         (["--help"], 0, "usage"),
         (["nowhere.py"], 1, "no script"),
+        (["elra_hf"], 1, "'elra_hf' is a folder without __main__.py: name the script in it"),
         (["-m", "nowhere"], 1, "no module"),
         (["-m", "nowhere.train"], 1, "no module"),
         (["-m", "json.nowhere"], 1, "no module"),
@@ -111,6 +112,21 @@ def test_the_path_is_left_alone_where_python_leaves_it_alone(tmp_path):
         command = [sys.executable, "-P", *ours, str(here / "script.py")]
         done = subprocess.run(command, env=at(first), capture_output=True, text=True, timeout=60)
         assert done.stdout == "True False\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_a_script_may_come_from_standard_input(name, tmp_path):
+    (tmp_path / "neighbour.py").write_text("VALUE = 7")
+    code = "import sys\nif __name__ == '__main__':\n    print(sys.argv[1:])\n"
+    code += "import neighbour\nprint(neighbour.VALUE)\n" if name == "-" else ""
+    printed = []
+    for ours in ([], RUN):
+        command = [sys.executable, *ours, name, "--optim", "x"]
+        done = subprocess.run(command, cwd=tmp_path, env=at(), input=code, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("['--optim', 'x']")
 
 
 ARGV = "import sys\nprint(sys.argv, __name__)"

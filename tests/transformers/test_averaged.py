@@ -138,3 +138,11 @@ def test_adapters_alone_are_averaged(tmp_path):
     own = weights(model)[name.replace(".weight", ".default.weight")]
     assert torch.equal(saved[name], own)
     assert torch.equal(own, trainer.evaluated[12][name.replace(".weight", ".default.weight")])
+
+
+def test_running_statistics_are_warned_of(tmp_path):
+    """Nobody averages them."""
+    from .test_found import Remembering
+
+    with pytest.warns(UserWarning, match=r"AveragedWeights: the running statistics of BatchNorm.*update_bn\(batches, model\)"):
+        run(tmp_path, "elra_adamw", Remembering(), callbacks=[AveragedWeights()], max_steps=2)
