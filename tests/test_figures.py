@@ -114,8 +114,35 @@ def regret(name: str) -> dict[str, list[str]]:
 
 def test_nothing_set_against_a_sweep():
     lines = README.splitlines()
-    for row in untuned.means():
+    mean_row, worst_row = untuned.means()
+    for row in (mean_row, worst_row):
         assert f"| {' | '.join(row)} |" in lines
+    prose = README.replace("\n", " ")
+    assert f"over {len(untuned.quotients())} tasks at {mean_row[1]} of its test loss with a linear decay" in prose
+    assert f"at worst at {worst_row[1]}." in prose
+
+
+def test_any_rate_trains_alike():
+    rows = {
+        name: [row for row in read(RESULTS / f"{name}.csv") if row["optimizer"] == "elra_adamw"]
+        for name in ("language", "any-rate")
+    }
+    default = {(row["task"], row["schedule"], row["seed"]): row["test_loss"] for row in rows["language"]}
+    assert {(row["task"], row["rate"]) for row in rows["any-rate"]} == {
+        (task, rate) for task in ("minilm-probe", "gpt-lora-r8", "gpt-tune") for rate in ("1e-09", "1")
+    }
+    for row in rows["any-rate"]:
+        assert row["test_loss"] == default[row["task"], row["schedule"], row["seed"]]
+
+
+def test_a_gpt_of_a_million_parameters():
+    table = (RESULTS / "scale-small-amd-epyc.md").read_text()
+    constant, linear = (
+        re.findall(rf"^\| elra_adamw, {schedule} \| 2 \| [^|]+ \| ([\d.]+) \|", table, re.MULTILINE)
+        for schedule in ("constant", "linear")
+    )
+    assert "ends at {}, {} and {} of its loss at a constant rate,".format(*constant) in PROSE
+    assert "with a linear decay at {}, {} and {} (2 seeds)".format(*linear) in PROSE
 
 
 def test_others_with_nothing_set():
