@@ -65,7 +65,8 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "make docs": "tests/test_commands.py",
     **dict.fromkeys(
-        ("pip install -e .", *(f'pip install -e ".[{x}]"' for x in ("transformers", "lightning", "recipes"))), "Makefile"
+        ("pip install -e .", *(f'pip install -e ".[{x}]"' for x in ("transformers", "lightning", "recipes"))),
+        "tests/test_commands.py",
     ),
     "python -m recipes.image_classification.train fit --trainer.strategy ddp --trainer.devices 2 --trainer.accelerator cpu": (
         "tests/recipes/test_image_classification.py"
@@ -215,6 +216,16 @@ def test_make_docs_serves_the_pages(tmp_path):
         finally:
             serving.terminate()
     assert "Three minutes to the first run" in page, (tmp_path / "said.txt").read_text()
+
+
+@pytest.mark.parametrize("command", [command for command in ELSEWHERE if command.startswith("pip ")])
+def test_what_pip_is_told_can_be_installed(command):
+    """A dry run, without an index: everything that it asks for is there. That -e works the Makefile shows."""
+    options = ["--dry-run", "--no-index", "--no-build-isolation"]
+    words = [sys.executable, "-m", *(word for word in shlex.split(command) if word != "-e"), *options]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "Would install elra_hf" in done.stdout, done.stderr
+    assert "provide the extra" not in done.stderr  # pip warns of one that is not there, and goes on
 
 
 def test_what_is_left_out_says_why():
