@@ -108,8 +108,8 @@ class Bucket:
         held = 0
         for i, p in enumerate(self.params):
             n = p.numel()
-            ready = all(self._ready([p, *(column[i] for column in self.state.values())]))
-            if n > size or (n > small and ready):
+            ready = n > small and all(self._ready([p, *(column[i] for column in self.state.values())]))
+            if n > size or ready:
                 yield from self._cut(i, max(size, MOST_ON_CPU // p.element_size()) if on_cpu and ready else size)
                 continue
             if packed and held + n > size:
