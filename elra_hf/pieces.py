@@ -235,7 +235,8 @@ def rounded(x: Tensor, seed: Tensor, salt: int, entries: Tensor | None = None) -
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of flat or equally shaped tensors, 0-dim; in pieces where there are more than `MOST_OF_DOT` numbers."""
     if a.is_contiguous() and b.is_contiguous():
-        a, b = a.view(-1), b.view(-1)
+        if a.dim() != 1:
+            a, b = a.view(-1), b.view(-1)
         if a.numel() <= MOST_OF_DOT:
             return torch.dot(a, b)
         pairs = zip(a.split(MOST_OF_DOT), b.split(MOST_OF_DOT), strict=True)  # type: ignore[no-untyped-call]

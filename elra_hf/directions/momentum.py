@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot
@@ -46,11 +47,12 @@ class Momentum(QuasiHyperbolic):
         if move.decay is not None:
             add_scaled(way, p, move.decay)
             add_scaled(p, p, -move.decay)
+        d = g
         if m is not None:
-            m.lerp_(g, c.first * move.taken)  # M_1 = G_1
-            for y, sign in ((p, -1.0), (way, 1.0)):
-                add_scaled(y, m, sign * c.beta2 * c.rate)
+            if not isinstance(c.first, float) or c.first:
+                m.lerp_(g, c.first * move.taken)  # M_1 = G_1
+            d = torch.lerp(g, m, c.beta2)
             m.lerp_(g, (1.0 - c.beta1) * move.taken)
         for y, sign in ((p, -1.0), (way, 1.0)):
-            add_scaled(y, g, sign * (1.0 - (c.beta2 if m is not None else 0.0)) * c.rate)
+            add_scaled(y, d, sign * c.rate)
         way.mul_(1.0 - move.taken * c.share)
