@@ -116,7 +116,7 @@ class ElraP2Min(Elra):
         *,
         betas: tuple[float, float] = (0.8, 0.7),
         growth_limit: float = 2.0,
-        horizon: float = 10.0,
+        horizon: float = 5.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
         bounds: tuple[float, float] = (1e-8, 1e6),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot

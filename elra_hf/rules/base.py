@@ -19,9 +19,6 @@ from torch import Tensor
 
 from ..checks import is_number
 
-# Length of the first step along a gradient, over that of the weights: of c2min and p2min by default, a start only.
-FIRST = 0.003
-
 Dots = Mapping[str, Tensor]
 Memory = Mapping[str, Tensor]
 
@@ -91,10 +88,10 @@ def settling(clock: Tensor, horizon: float) -> Tensor | float:
     return 1.0 if math.isinf(horizon) else horizon / (horizon + clock)
 
 
-def first_rate(alpha: Tensor, dots: Dots) -> Tensor:
-    """``alpha``, or in the first step the rate with which that is `FIRST` of the weights long."""
+def first_rate(alpha: Tensor, dots: Dots, first: float) -> Tensor:
+    """``alpha``, or in the first step the rate with which that is ``first`` of the weights long."""
     known = (dots["steps"] == 0) & (dots["gg"] > 0) & (dots["size"] > 0)
-    return torch.where(known, FIRST * (dots["size"] / dots["gg"]).sqrt(), alpha)
+    return torch.where(known, first * (dots["size"] / dots["gg"]).sqrt(), alpha)
 
 
 def heading(dots: Dots) -> tuple[Tensor, Tensor]:

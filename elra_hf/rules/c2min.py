@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .base import Decision, Dots, Memory, check_gain, check_positive, cosine, first_rate, heading, settling, signed_gain
 
+FIRST = 0.003  # length of the first step over that of the weights, a start only
+
 
 @dataclass(frozen=True)
 class C2Min:
@@ -49,5 +51,5 @@ class C2Min:
         else:
             signal, cos = heading(dots)
             signal = settling(clock, self.horizon) * weight * signal
-            alpha = first_rate(alpha, dots)
+            alpha = first_rate(alpha, dots, FIRST)
         return Decision(alpha * (1.0 + signed_gain(self.gain, signal) * signal), cos, {"clock": clock + weight})

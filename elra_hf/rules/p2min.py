@@ -12,6 +12,8 @@ from torch import Tensor
 from ..checks import is_number
 from .base import Decision, Dots, Memory, check_positive, cosine, first_rate, heading, settling
 
+FIRST = 0.0015  # length of the first step over that of the weights, a start only; half of c2min's: each step may double it
+
 
 @dataclass(frozen=True)
 class P2Min:
@@ -31,7 +33,7 @@ class P2Min:
     """
 
     growth_limit: float = 2.0
-    horizon: float = 10.0
+    horizon: float = 5.0
 
     def __post_init__(self) -> None:
         if not (is_number(self.growth_limit) and 1.0 < self.growth_limit < math.inf):
@@ -55,7 +57,7 @@ class P2Min:
         else:
             end, cos = heading(dots)
             start, left = torch.ones_like(cos), weight * settling(clock, self.horizon)
-            alpha = first_rate(alpha, dots)
+            alpha = first_rate(alpha, dots, FIRST)
         curvature = start - end  # ∝ 1 - q, without the division
         factor = torch.where(curvature > start / self.growth_limit, start / curvature, self.growth_limit)
         factor = torch.where(start > 0, factor, 1.0)

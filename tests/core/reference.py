@@ -68,8 +68,11 @@ def papers_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, bet
     return np.array(xs), np.array(alphas)
 
 
-def average_method(factor, gradient: Gradient, x0, steps: int, betas, schedule=constant):
-    """The same momentum; ``factor(signal, clock, weight)`` is the rule, and the average of the iterates its memory."""
+def average_method(factor, first: float, gradient: Gradient, x0, steps: int, betas, schedule=constant):
+    """The same momentum; ``factor(signal, clock, weight)`` is the rule, and the average of the iterates its memory.
+
+    The first step is ``first`` of the weights long.
+    """
     beta1, beta2 = betas
     x = np.array(x0, dtype=np.float64)
     iterates, shares, m, alpha, clock, longest, lasting, calm = [x.copy()], [], None, None, 0.0, 0.0, 0.0, 0.0
@@ -78,7 +81,7 @@ def average_method(factor, gradient: Gradient, x0, steps: int, betas, schedule=c
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         size = np.linalg.norm(g)
         if alpha is None:
-            alpha = clamp(0.003 * np.linalg.norm(x) / size)
+            alpha = clamp(first * np.linalg.norm(x) / size)
         moving = bool(shares) and shares[-1] > 0
         overshot = g @ (np.mean(iterates, axis=0) - x) < 0
         if moving and (size > 10.0 * longest or (overshot and min(size, 3.0 * lasting) > 10.0 * calm)):
@@ -113,10 +116,12 @@ def c2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), gain=(0.
 
     if np.isinf(horizon):
         return papers_method(lambda g, p, d, share: signed(share * cosine(g, p)), gradient, x0, steps, alpha0, betas, schedule)
-    return average_method(lambda c, clock, w: signed(w * c * horizon / (horizon + clock)), gradient, x0, steps, betas, schedule)
+    return average_method(
+        lambda c, clock, w: signed(w * c * horizon / (horizon + clock)), 0.003, gradient, x0, steps, betas, schedule
+    )
 
 
-def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=10.0, schedule=constant):
+def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_limit=2.0, horizon=5.0, schedule=constant):
     def parabola(q):
         return 1 / (1 - q) if 1 - q > 1 / growth_limit else growth_limit
 
@@ -127,7 +132,7 @@ def p2min(gradient: Gradient, x0, steps, alpha0=1e-5, betas=(0.8, 0.7), growth_l
     if np.isinf(horizon):
         return papers_method(papers, gradient, x0, steps, alpha0, betas, schedule)
     return average_method(
-        lambda c, clock, w: parabola(c) ** (w * horizon / (horizon + clock)), gradient, x0, steps, betas, schedule
+        lambda c, clock, w: parabola(c) ** (w * horizon / (horizon + clock)), 0.0015, gradient, x0, steps, betas, schedule
     )
 
 
