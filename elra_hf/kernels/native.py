@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +25,9 @@ from ..pieces import PLAIN_TENSORS, Bucket
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=c11", "-fPIC", "-shared")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=c11", "-fPIC", "-shared")
+TUNED = ("-march=native", "-mcpu=native", "-O3")  # for this processor, for this one of ARM's as Apple says it, for any
+COMPILERS = ("cc", "gcc", "clang")
 PIECE = 65536  # as in native.c
 PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
 OPS: dict[type, tuple[int, int]] = {Adam: (0, 1), Momentum: (2, 3)}  # (to measure, to update)
@@ -52,8 +55,8 @@ class CNumbers(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built in the user's cache folder on first use; None where that cannot be done."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = _compiler()
+    if not compiler:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
@@ -62,18 +65,33 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _build(compiler: str) -> Path:
+def _compiler() -> list[str]:
+    """The command of the C compiler, which CC may name with arguments; empty where there is none."""
+    for command in (shlex.split(os.environ.get("CC", "")), *([name] for name in COMPILERS)):
+        found = shutil.which(command[0]) if command else None
+        if found:
+            return [found, *command[1:]]
+    return []
+
+
+def _build(compiler: list[str]) -> Path:
     """Compile native.c unless this machine has; a home folder may be shared by machines with other processors."""
     info = Path("/proc/cpuinfo")
     processor = (
         next((x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))), "") if info.exists() else ""
     )
-    key = "\0".join((SOURCE.read_text("utf-8"), *FLAGS, compiler, platform.platform(), platform.processor(), processor))
+    key = "\0".join(
+        (SOURCE.read_text("utf-8"), *FLAGS, *TUNED, *compiler, platform.platform(), platform.processor(), processor)
+    )
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
     def compile_to(path: Path) -> None:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(path), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        for tuned in TUNED:
+            command = [*compiler, *FLAGS, tuned, str(SOURCE), "-o", str(path), "-lm"]
+            done = subprocess.run(command, capture_output=True, timeout=120)
+            if not done.returncode:
+                return
+        done.check_returncode()
 
     return cached(name, compile_to)
 

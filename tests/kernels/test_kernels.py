@@ -160,6 +160,36 @@ def test_kernels_are_built_in_any_environment(given, tmp_path):
     assert {each.name for each in tmp_path.iterdir()} <= {"home"}
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize("arguments", ["", " -g", " -DNO_MARCH", " -DNO_MARCH -DNO_MCPU"])
+def test_kernels_are_built_by_any_compiler(arguments, tmp_path, monkeypatch):
+    """CC may hold arguments; Apple's has no -march=native on ARM, others no -mcpu=native."""
+    compiler = tmp_path / "my cc"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *NO_MARCH*-march*|*NO_MCPU*-mcpu*) exit 1;; esac\n'
+        'for a in "$@"; do shift; case $a in -mcpu=native) ;; *) set -- "$@" "$a";; esac; done\n'
+        'exec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{compiler}'{arguments}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        assert [path.suffix for path in (tmp_path / "elra_hf").iterdir()] == [".so"]
+    finally:
+        native.library.cache_clear()
+
+
+@pytest.mark.parametrize("given", ["", "nowhere-to-be-found -O2"])
+def test_a_compiler_that_is_not_there_is_passed_over(given, monkeypatch):
+    monkeypatch.setenv("CC", given)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name == "clang" else None)
+    assert native._compiler() == ["/bin/clang"]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert native._compiler() == []
+
+
 def test_without_a_home_plain_torch_does_the_work(monkeypatch):
     """As of a user that only a container's command line knows."""
 
