@@ -427,6 +427,18 @@ def test_a_long_gradient_now_and_then_is_no_explosion(cls):
 
 
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+@pytest.mark.parametrize(("factor", "restarts"), [(4.5, 0), (-4.5, 0), (5.5, 0), (-5.5, 1)])
+def test_a_gradient_five_times_as_long_is_an_explosion_where_it_points_back(cls, factor, restarts):
+    """Of the longest of late, the first here, of which 0.98 are left after two steps."""
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = cls([x])
+    for length in (1.0, 0.3, 0.3, factor * 0.98):
+        x.grad = torch.tensor([length, 0.0], dtype=torch.float64)
+        optimizer.step()
+    assert optimizer.param_groups[0]["restarts"].item() == restarts
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
 @pytest.mark.parametrize("away", [1.0, -1.0])
 def test_a_gradient_that_grows_step_by_step_is_an_explosion_where_it_points_back(cls, away):
     """Threefold a step, which no step is ten times the last. Where it points on, x leaves a saddle, and nothing is wrong."""
