@@ -69,7 +69,7 @@ class Elra(Launches):
         lr: float | Tensor = 1e-5,
         weight_decay: float = 0.0,
         scope: Scope = "global",
-        bounds: tuple[float, float] = (1e-8, 1e6),
+        bounds: tuple[float, float] = (1e-30, 1e30),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
         stochastic_rounding: bool = True,

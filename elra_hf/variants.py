@@ -37,7 +37,7 @@ class ElraC2Min(Elra):
             gradients; such a rate is long on its way up, oscillates and drifts where gradients are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
-        bounds: (lowest, highest) rate.
+        bounds: (lowest, highest) rate; by default far from all, since a rate along gradients goes with the loss's unit.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
         stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
@@ -59,7 +59,7 @@ class ElraC2Min(Elra):
         horizon: float = 20.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
-        bounds: tuple[float, float] = (1e-8, 1e6),
+        bounds: tuple[float, float] = (1e-30, 1e30),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
         stochastic_rounding: bool = True,
@@ -97,7 +97,7 @@ class ElraP2Min(Elra):
             are noisy.
         weight_decay: decoupled weight decay, >= 0.
         scope: "global" (one rate), "group" or "tensor".
-        bounds: (lowest, highest) rate.
+        bounds: (lowest, highest) rate; by default far from all, since a rate along gradients goes with the loss's unit.
         restart_factor: factor on the rate at a restart, in (0, 1); less where the gradient has grown by more.
         maximize: ascend.
         stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
@@ -119,7 +119,7 @@ class ElraP2Min(Elra):
         horizon: float = 5.0,
         weight_decay: float = 0.0,
         scope: Scope = "global",
-        bounds: tuple[float, float] = (1e-8, 1e6),
+        bounds: tuple[float, float] = (1e-30, 1e30),
         restart_factor: float = 1 / 3,
         maximize: bool = False,
         stochastic_rounding: bool = True,

@@ -13,7 +13,7 @@ import numpy as np
 Gradient = Callable[[int, np.ndarray], np.ndarray]
 
 
-def clamp(alpha: float, low: float = 1e-8, high: float = 1e6) -> float:
+def clamp(alpha: float, low: float = 1e-30, high: float = 1e30) -> float:
     return min(max(alpha, low), high)
 
 
@@ -162,7 +162,7 @@ def adamw(
             way = np.mean(iterates, axis=0) - x
             signal = heading(cosine(g / root, way * root), cosine(g / root, m / root))
             w = weight_of(shares)
-            alpha = clamp(alpha * np.exp(max(0.03, 10 / (10 + clock)) * w * signal))
+            alpha = clamp(alpha * np.exp(max(0.03, 10 / (10 + clock)) * w * signal), 1e-8, 1e6)
             clock += w
         shares.append(schedule(t))
         rate = alpha * shares[-1]

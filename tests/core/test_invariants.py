@@ -44,15 +44,14 @@ def test_rotating_the_space_rotates_the_path(cls, seed, n):
 
 @euclidean
 @quick
-@given(seed=seeds, power=st.integers(-6, 6))
+@given(seed=seeds, power=st.integers(-50, 50))
 def test_scaling_the_loss_scales_the_rate_inversely(cls, seed, power):
     rng = np.random.default_rng(seed)
     scale = 2.0**power
     curvature = torch.tensor(rng.uniform(0.1, 3.0, 5))
     x = torch.tensor(rng.normal(size=5), requires_grad=True)
     y = x.detach().clone().requires_grad_()
-    wide = {"bounds": (1e-30, 1e30)}
-    plain, scaled = cls([x], lr=2.0**-12, **wide), cls([y], lr=2.0**-12 / scale, **wide)
+    plain, scaled = cls([x], lr=2.0**-12), cls([y], lr=2.0**-12 / scale)
     for _ in range(60):
         for optimizer, loss in ((plain, bowl(x, curvature)), (scaled, scale * bowl(y, curvature))):
             optimizer.zero_grad()
