@@ -254,8 +254,8 @@ def read(bucket: Bucket, *values: Any) -> list[Any]:
 def rate(optimizer: Any) -> float:
     """Return the rate that the last step applied to the first parameter group, η; 0 where it did not move; before it, ``lr``.
 
-    Works through the wrappers of Accelerate, Lightning, Fabric, DeepSpeed and torch.distributed.optim. Waits for the device: for
-    logs, not for loops.
+    Works through the wrappers of Accelerate, Lightning, Fabric, DeepSpeed and torch.distributed.optim. Waits for the device:
+    for logs, not for loops.
 
     Raises:
         TypeError: there is no ELRA optimizer inside.

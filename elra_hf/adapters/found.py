@@ -153,8 +153,8 @@ class Snapshot:
         self.module, self.optimizer = module, unwrap(optimizer)
         if self.optimizer.dealt is not None:
             raise ValueError(
-                "RateFinder: ZeroRedundancyOptimizer gives each rank an optimizer of some of the weights, which alone could not "
-                "put all of them back: find the rate without it, on one device or with DDP or FSDP"
+                "RateFinder: ZeroRedundancyOptimizer gives each rank an optimizer of some of the weights, which could not put "
+                "the others back: find the rate without it, on one device or with DDP or FSDP"
             )
         own = {id(p) for p in module.parameters()}
         if not all(id(p) in own for group in self.optimizer.param_groups for p in group["params"]):
