@@ -58,6 +58,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
     pairs = _pairs(inner)
     iterates = [local(p.detach()).clone() for p, _ in pairs]
     _swapped.add(inner)
+    inner._hands.away = True
     handle = inner.register_step_pre_hook(_refuse)
     sharded = any(local(p) is not p for p in params)
     try:
@@ -71,6 +72,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
             for (p, _), iterate in zip(pairs, iterates, strict=True):
                 local(p.detach()).copy_(iterate)  # wherever p is by now: the block may have cast or moved the model and back
         inner._hands.forgive(params, before)
+        inner._hands.away = False
 
 
 def settle(optimizer: Any) -> None:
@@ -85,7 +87,7 @@ def settle(optimizer: Any) -> None:
     _to_average(pairs)
     for _, way in pairs:
         way.zero_()
-    inner._hands = Hands(inner._hands.followed)
+    inner._hands = Hands(inner._hands.followed, inner._hands.watched)
 
 
 def warn_of_statistics(name: str, module: nn.Module) -> None:

@@ -25,9 +25,11 @@ class Checkpoints(Groups):
         super().__setstate__(state)
         self._all_groups = list(self.param_groups)
         # what is loaded is nobody's move
-        moved = [group.pop("elra_moved", "").split() for group in self.param_groups]
-        pairs = zip(self.param_groups, moved, strict=True)
-        self._hands = Hands(group["params"][int(i)] for group, positions in pairs for i in positions)
+        followed, watched = (
+            [group["params"][int(i)] for group in self.param_groups for i in group.pop(name, "").split()]
+            for name in ("elra_moved", "elra_written")
+        )
+        self._hands = Hands(followed, watched)
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("dealt", None)
         self.__dict__.setdefault("check_sync", False)
@@ -46,12 +48,15 @@ class Checkpoints(Groups):
 
         Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
         """
+        if self.process_group is None:
+            self._hands.look([p for group in self.param_groups for p in group["params"]], self.state)
         self._hands.tell(self.state)
         state_dict = super().state_dict()
-        followed = self._hands.followed
+        hands = {"elra_moved": self._hands.followed, "elra_written": self._hands.watched}
         for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=False):
             group["elra_ages"] = self._ages(mine)
-            group["elra_moved"] = " ".join(str(i) for i, p in enumerate(mine["params"]) if p in followed)
+            for name, those in hands.items():
+                group[name] = " ".join(str(i) for i, p in enumerate(mine["params"]) if p in those)
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
             if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing
