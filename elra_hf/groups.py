@@ -247,6 +247,12 @@ class Groups(Optimizer):
         """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
         state = self.state[p]
         for name, dtype in self.direction.dtypes(p, group).items():
+            if name not in state:
+                raise RuntimeError(
+                    f"step: a parameter of shape {tuple(p.shape)} has no {name!r} in its state, which betas={group['betas']} of its "
+                    "group call for: give them before the first step, or start the parameter afresh with "
+                    "del optimizer.state[parameter]"
+                )
             if state[name].shape != p.shape:  # kernels would read and write beyond it
                 raise RuntimeError(
                     f"step: a parameter of shape {tuple(p.shape)} has a state of shape {tuple(state[name].shape)}: it was "
