@@ -87,7 +87,7 @@ def settle(optimizer: Any) -> None:
     _to_average(pairs)
     for _, way in pairs:
         way.zero_()
-    inner._hands = Hands(inner._hands.followed, inner._hands.watched)
+    inner._hands = Hands(inner._hands.marks)
 
 
 def warn_of_statistics(name: str, module: nn.Module) -> None:

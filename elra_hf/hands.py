@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .pieces import PLAIN_TENSORS
+
+# What is known of a parameter: it is followed; or it was written to some time ago, between the last two steps, since the last.
+FOLLOWED, WATCHED, BEFORE, SINCE = MARKS = ("", "w", "b", "s")
+AFTER_STEP = {SINCE: BEFORE, BEFORE: WATCHED}
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -24,16 +28,13 @@ class Hands:
     it was; a norm is kept of what was written to before.
 
     Args:
-        followed: parameters that are followed from the start.
-        watched: those of which a norm is kept from the start.
+        marks: parameters that are known to have been written to, each with one of `MARKS`.
     """
 
-    def __init__(self, followed: Iterable[Tensor] = (), watched: Iterable[Tensor] = ()) -> None:
-        self.followed = set(followed)
-        self.watched = set(watched)
+    def __init__(self, marks: Mapping[Tensor, str] | None = None) -> None:
+        self.marks = dict(marks or {})
         self.away = False  # other weights are in the parameters
         self._versions: list[int] = []
-        self._written: tuple[set[Tensor], set[Tensor]] = (set(), set())  # between the last pair of steps, and since
         self._norms: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
 
@@ -43,15 +44,9 @@ class Hands:
         if self.away or versions == self._versions:
             return
         for p, old, new in zip(params, self._versions, versions, strict=False):
-            if old == new or type(p) not in PLAIN_TENSORS or p in self.followed:
-                continue
-            before, since = self._written
-            since.add(p)
-            if p in before or self._is_elsewhere(p):
-                self.watched.discard(p)
-                self.followed.add(p)
-            else:
-                self.watched.add(p)
+            mark = self.marks.get(p, WATCHED)
+            if old != new and mark != FOLLOWED and type(p) in PLAIN_TENSORS:
+                self.marks[p] = FOLLOWED if mark == BEFORE or self._is_elsewhere(p) else SINCE
         self.tell(states)
 
     def _is_elsewhere(self, p: Tensor) -> bool:
@@ -73,13 +68,10 @@ class Hands:
     def remember(self, params: list[Tensor]) -> None:
         """After a step: how everything is."""
         self._versions = counts(params)
-        self._written = self._written[1], set()
-        if self.followed:
-            self._copies = {p: p.detach().clone() for p in params if p in self.followed}
-            self.followed = set(self._copies)  # let those go that wrappers have taken away
-        if self.watched:
-            self._norms = {p: norm(p) for p in params if p in self.watched}
-            self.watched = set(self._norms)
+        if self.marks:  # those of parameters that wrappers have taken away are let go
+            self.marks = {p: AFTER_STEP.get(mark, mark) for p in params if (mark := self.marks.get(p)) is not None}
+            self._copies = {p: p.detach().clone() for p, mark in self.marks.items() if mark == FOLLOWED}
+            self._norms = {p: norm(p) for p, mark in self.marks.items() if mark != FOLLOWED}
 
     def forgive(self, params: list[Tensor], before: list[int]) -> None:
         """After somebody has put everything back: the `counts` since ``before`` are not those of a move."""
