@@ -249,8 +249,8 @@ class Groups(Optimizer):
         for name, dtype in self.direction.dtypes(p, group).items():
             if name not in state:
                 raise RuntimeError(
-                    f"step: a parameter of shape {tuple(p.shape)} has no {name!r} in its state, which betas={group['betas']} of its "
-                    "group call for: give them before the first step, or start the parameter afresh with "
+                    f"step: a parameter of shape {tuple(p.shape)} has no {name!r} in its state, which betas={group['betas']} "
+                    "of its group call for: give them before the first step, or start the parameter afresh with "
                     "del optimizer.state[parameter]"
                 )
             if state[name].shape != p.shape:  # kernels would read and write beyond it
