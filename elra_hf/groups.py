@@ -218,7 +218,8 @@ class Groups(Optimizer):
                     warnings.warn(
                         f"a schedule raised lr of a parameter group from {top:g} to {lr:g}. ELRA finds the rate itself, and a "
                         "schedule can only hold it down: what is highest so far counts as the full rate. Give the scheduler "
-                        f"rates relative to the group's, such as max_lr={full:g} or eta_min={0.01 * full:g}",
+                        f"rates relative to the group's, such as max_lr={full:g} or eta_min={0.01 * full:g}. If this is a "
+                        "warm-up written by hand, set initial_lr of the group to its highest lr before the first step",
                         stacklevel=3,
                     )
                 top = group["elra_top"] = lr
