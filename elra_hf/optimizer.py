@@ -214,9 +214,9 @@ class Elra(Launches):
         # every rank enters every collective, also with nothing to add
         parts = {of: alpha.new_zeros(len(alpha), columns) for of in dict.fromkeys(ranks)}
         for bucket in buckets:
-            names, last = tuple(bucket.counts), self._last(bucket, alpha, groups)
-            *values, last = read(bucket, *bucket.counts.values(), last)
-            products = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), last, needs).to(alpha)
+            names, met = tuple(bucket.counts), self._met(bucket, alpha, groups)
+            *values, met = read(bucket, *bucket.counts.values(), met)
+            products = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), met, needs).to(alpha)
             row = self._weigh(bucket, products, bucket.sizes().to(alpha), shares, groups)
             if self.check_sync:
                 squares = [dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]
