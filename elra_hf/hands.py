@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pieces import PLAIN_TENSORS
+from .pieces import PLAIN_TENSORS, dot
 
 # What is known of a parameter: it is followed; or it was written to some time ago, between the last two steps, since the last.
 FOLLOWED, WATCHED, BEFORE, SINCE = MARKS = ("", "w", "b", "s")
@@ -79,10 +79,12 @@ class Hands:
 
 
 def norm(p: Tensor) -> Tensor:
-    """The sum of the absolute values of ``p``, 0-dim, in float32 at least."""
-    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else None
-    result: Tensor = torch.linalg.vector_norm(p.detach(), 1, dtype=dtype)
-    return result
+    """‖p‖², 0-dim, in float32 at least; in half precision ‖p‖, which needs no copy."""
+    x = p.detach()
+    if x.dtype in (torch.bfloat16, torch.float16):
+        result: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+        return result
+    return dot(x, x)
 
 
 def counts(params: list[Tensor]) -> list[int]:
