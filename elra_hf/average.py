@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .hands import Hands, counts
-from .optimizer import Elra, unwrap
+from .optimizer import Elra, layers, unwrap
 from .reduce import local, slicer
 
 _swapped: weakref.WeakSet[Elra] = weakref.WeakSet()
@@ -58,6 +58,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
     pairs = _pairs(inner)
     iterates = [local(p.detach()).clone() for p, _ in pairs]
     _swapped.add(inner)
+    inner._hands.away = True
     handle = inner.register_step_pre_hook(_refuse)
     sharded = any(local(p) is not p for p in params)
     try:
@@ -71,6 +72,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
             for (p, _), iterate in zip(pairs, iterates, strict=True):
                 local(p.detach()).copy_(iterate)  # wherever p is by now: the block may have cast or moved the model and back
         inner._hands.forgive(params, before)
+        inner._hands.away = False
 
 
 def settle(optimizer: Any) -> None:
@@ -85,7 +87,7 @@ def settle(optimizer: Any) -> None:
     _to_average(pairs)
     for _, way in pairs:
         way.zero_()
-    inner._hands = Hands(inner._hands.followed)
+    inner._hands = Hands(inner._hands.marks)
 
 
 def warn_of_statistics(name: str, module: nn.Module) -> None:
@@ -111,9 +113,16 @@ def keeper(optimizer: Any) -> Elra:
             f"averaged: {type(inner).__name__} with direction={inner.direction!r} keeps no average of the iterates: take "
             "ElraAdamW, or leave out horizon=inf"
         )
+    *wrappers, _ = layers(optimizer)
+    lone = next((each for each in wrappers if type(each).__module__.startswith("torch.distributed.optim.")), None)
+    if lone is not None:
+        raise ValueError(
+            f"averaged: {type(lone).__name__} gives each rank an optimizer of its own, and the average that one keeps is not "
+            "that of the model: use DDP or FSDP2 (fully_shard), or evaluate without the average"
+        )
     apart = inner.process_group is not None and dist.get_world_size(inner.process_group) > 1
     slicers = {slicer(p) for p, _ in params} if apart else set()
-    if any(module.startswith("deepspeed.") for module in _wrappers(optimizer)):
+    if any(type(each).__module__.startswith("deepspeed.") for each in wrappers):
         slicers = {"DeepSpeed"}
     if slicers - {None}:
         raise ValueError(
@@ -121,13 +130,6 @@ def keeper(optimizer: Any) -> Elra:
             "which the model would not follow: use DDP or FSDP2 (fully_shard), or evaluate without the average"
         )
     return inner
-
-
-def _wrappers(optimizer: Any) -> Iterator[str]:
-    """The modules that the wrappers around ours come from."""
-    while not isinstance(optimizer, Elra):
-        yield type(optimizer).__module__
-        optimizer = optimizer.optimizer
 
 
 def _pairs(inner: Elra) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -147,6 +148,17 @@ def write_card(
     path = Path(folder) / "README.md"
     card.save(path)
     return path
+
+
+def explained(lr: float, horizon: float | None) -> str:
+    """``lr`` as the settings of a card show it.
+
+    Args:
+        lr: as it was given to the optimizer.
+        horizon: that of the optimizer's rule; None where the optimizer is none of ours.
+    """
+    notes = {None: "", math.inf: " (the first rate)"}
+    return f"{lr:g}{notes.get(horizon, ' (only what the schedule refers to)')}"
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .groups import OWN, Groups, number
-from .hands import Hands
+from .hands import MARKS, Hands
 from .pieces import PLAIN_TENSORS
 
 
@@ -18,16 +18,27 @@ class Checkpoints(Groups):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but ``process_group`` and what goes with it, which does not pickle: pass it again where it is needed."""
+        self._look_at_hands()
         own = ("direction", "rule", "scope", "bounds", "restart_factor", "check_sync")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_hands": Hands(self._hands.marks)}
+
+    def _look_at_hands(self) -> None:
+        """Let what is saved know what others have done to the parameters since the last step."""
+        if self.process_group is None:  # slices are written to by those who cut them
+            self._hands.look([p for group in self.param_groups for p in group["params"]], self.state)
+        self._hands.tell(self.state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._all_groups = list(self.param_groups)
         # what is loaded is nobody's move
-        moved = [group.pop("elra_moved", "").split() for group in self.param_groups]
-        pairs = zip(self.param_groups, moved, strict=True)
-        self._hands = Hands(group["params"][int(i)] for group, positions in pairs for i in positions)
+        marks = {}
+        for group in self.param_groups:
+            for entry in group.pop("elra_moved", "").split():
+                position = entry.rstrip("".join(MARKS))
+                marks[group["params"][int(position)]] = entry.removeprefix(position)
+        if "_hands" not in state:  # of a pickle
+            self._hands = Hands(marks)
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("dealt", None)
         self.__dict__.setdefault("check_sync", False)
@@ -46,12 +57,12 @@ class Checkpoints(Groups):
 
         Numbers, since they go into JSON and to any device; a counter each, since distributed checkpoints load in place.
         """
-        self._hands.tell(self.state)
+        self._look_at_hands()
         state_dict = super().state_dict()
-        followed = self._hands.followed
+        marks = self._hands.marks
         for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=False):
             group["elra_ages"] = self._ages(mine)
-            group["elra_moved"] = " ".join(str(i) for i, p in enumerate(mine["params"]) if p in followed)
+            group["elra_moved"] = " ".join(f"{i}{marks[p]}" for i, p in enumerate(mine["params"]) if p in marks)
             own = {name for name in group if name.startswith("elra_")} | set(group["elra_shown"].split())
             group |= {name: float(group[name]) for name in own if isinstance(group[name], Tensor)}
             if self.process_group is not None:  # FSDP1's checkpoints take a group without a tensor for one thing

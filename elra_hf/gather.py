@@ -107,7 +107,8 @@ class Gatherer(Checkpoints):
             return None
         seen: list[Any] = [*ranks]
         for group in self.param_groups:
-            seen.append((id(group), group["elra_idle"], group["elra_calls"]))
+            # a direction with a beta of 0 may keep less
+            seen.append((id(group), group["elra_idle"], group["elra_calls"], [beta == 0 for beta in group.get("betas", ())]))
             for p in group["params"]:
                 grad, x = p.grad, p if type(p) in PLAIN_TENSORS else local(p)
                 if type(x) not in PLAIN_TENSORS or x.is_complex() or (grad is not None and grad.is_sparse):

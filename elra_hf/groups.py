@@ -218,7 +218,8 @@ class Groups(Optimizer):
                     warnings.warn(
                         f"a schedule raised lr of a parameter group from {top:g} to {lr:g}. ELRA finds the rate itself, and a "
                         "schedule can only hold it down: what is highest so far counts as the full rate. Give the scheduler "
-                        f"rates relative to the group's, such as max_lr={full:g} or eta_min={0.01 * full:g}",
+                        f"rates relative to the group's, such as max_lr={full:g} or eta_min={0.01 * full:g}. If this is a "
+                        "warm-up written by hand, set initial_lr of the group to its highest lr before the first step",
                         stacklevel=3,
                     )
                 top = group["elra_top"] = lr
@@ -247,6 +248,12 @@ class Groups(Optimizer):
         """Bring the state of ``p`` to its device and to the dtype that it calls for, after ``model.float()`` or ``to()``."""
         state = self.state[p]
         for name, dtype in self.direction.dtypes(p, group).items():
+            if name not in state:
+                raise RuntimeError(
+                    f"step: a parameter of shape {tuple(p.shape)} has no {name!r} in its state, which betas={group['betas']} "
+                    "of its group call for: give them before the first step, or start the parameter afresh with "
+                    "del optimizer.state[parameter]"
+                )
             if state[name].shape != p.shape:  # kernels would read and write beyond it
                 raise RuntimeError(
                     f"step: a parameter of shape {tuple(p.shape)} has a state of shape {tuple(state[name].shape)}: it was "

@@ -53,7 +53,15 @@ class Launches(Judge):
 
     def _last(self, bucket: Bucket, alpha: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """η of the last step, 0 where that did not move these tensors."""
-        return alpha[bucket.cell] * (0.0 if bucket.idle else groups["multiplier"][bucket.index])
+        return alpha[bucket.cell] * 0.0 if bucket.idle else self._met(bucket, alpha, groups)
+
+    def _met(self, bucket: Bucket, alpha: Tensor, groups: dict[str, Tensor]) -> Tensor:
+        """η that G_t is weighed with in the metric that it is measured in: that of the last step.
+
+        Also for tensors that sat that step out: entries that were never met would be an infinite length, beside which no cosine
+        is seen.
+        """
+        return alpha[bucket.cell] * groups["multiplier"][bucket.index]
 
     def _weigh(self, bucket: Bucket, products: Tensor, sizes: Tensor, shares: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """What a bucket adds to the sums of its cell, shape (columns,); see `Elra._measure`."""
@@ -120,8 +128,8 @@ class Launches(Judge):
             groups = dict(zip(names, table.unbind(1), strict=True))
             alpha, rows = self._recall([], groups)["alpha"], []
             for bucket, own in zip(buckets, counts_of(counts), strict=True):
-                last = self._last(bucket, alpha, groups)
-                rows.append(triton.numbers(self.direction, bucket, own, Move(last, None, 1.0, 0.0, 1.0, last), table))
+                met = self._met(bucket, alpha, groups)
+                rows.append(triton.numbers(self.direction, bucket, own, Move(met, None, 1.0, 0.0, 1.0, met), table))
             return (torch.stack(rows),)
 
         def weigh(rows: Tensor, table: Tensor, shares: Tensor) -> tuple[Tensor, ...]:

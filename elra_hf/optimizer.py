@@ -214,9 +214,9 @@ class Elra(Launches):
         # every rank enters every collective, also with nothing to add
         parts = {of: alpha.new_zeros(len(alpha), columns) for of in dict.fromkeys(ranks)}
         for bucket in buckets:
-            names, last = tuple(bucket.counts), self._last(bucket, alpha, groups)
-            *values, last = read(bucket, *bucket.counts.values(), last)
-            products = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), last, needs).to(alpha)
+            names, met = tuple(bucket.counts), self._met(bucket, alpha, groups)
+            *values, met = read(bucket, *bucket.counts.values(), met)
+            products = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), met, needs).to(alpha)
             row = self._weigh(bucket, products, bucket.sizes().to(alpha), shares, groups)
             if self.check_sync:
                 squares = [dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]
@@ -254,7 +254,8 @@ def read(bucket: Bucket, *values: Any) -> list[Any]:
 def rate(optimizer: Any) -> float:
     """Return the rate that the last step applied to the first parameter group, η; 0 where it did not move; before it, ``lr``.
 
-    Works through the wrappers of Accelerate, Lightning, Fabric and DeepSpeed. Waits for the device: for logs, not for loops.
+    Works through the wrappers of Accelerate, Lightning, Fabric, DeepSpeed and torch.distributed.optim. Waits for the device:
+    for logs, not for loops.
 
     Raises:
         TypeError: there is no ELRA optimizer inside.
@@ -266,16 +267,32 @@ def rate(optimizer: Any) -> float:
 
 
 def unwrap(optimizer: Any) -> Elra:
-    """The `Elra` inside the wrappers of Accelerate, Lightning, Fabric and DeepSpeed.
+    """The `Elra` inside the wrappers of Accelerate, Lightning, Fabric, DeepSpeed and torch.distributed.optim.
 
     Raises:
         TypeError: there is none.
     """
-    inner = optimizer
-    while not isinstance(inner, Elra) and getattr(inner, "optimizer", inner) is not inner:
-        inner = inner.optimizer
-    if not isinstance(inner, Elra):
+    found = inside(optimizer)
+    if found is None:
         raise TypeError(
             f"{type(optimizer).__name__} holds no ELRA optimizer: pass ElraC2Min, ElraP2Min, ElraAdamW or a wrapper of one"
         )
-    return inner
+    return found
+
+
+def inside(optimizer: Any) -> Elra | None:
+    """As `unwrap`; None where there is none."""
+    found = layers(optimizer)[-1]
+    return found if isinstance(found, Elra) else None
+
+
+def layers(optimizer: Any) -> list[Any]:
+    """``optimizer``, what it wraps, and so on to the `Elra`, or to what wraps nothing."""
+    found = [optimizer]
+    while not isinstance(found[-1], Elra):
+        # that of torch's PostLocalSGDOptimizer and ZeroRedundancyOptimizer is called optim
+        within = getattr(found[-1], "optimizer", None) or getattr(found[-1], "optim", None)
+        if within is None or any(within is each for each in found):
+            break
+        found.append(within)
+    return found

@@ -17,8 +17,11 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 
 import elra_hf  # noqa: F401  makes --optim know elra_c2min, elra_p2min and elra_adamw
 from elra_hf.adapters.found import facts
+from elra_hf.adapters.options import parse_options
 from elra_hf.adapters.transformers import schedule
+from elra_hf.cards import explained
 from elra_hf.plots import plot_rates, series
+from elra_hf.variants import VARIANTS
 from recipes.cli import InputError, parse, show
 from recipes.sweep import append
 
@@ -139,7 +142,7 @@ def settings(run: Run) -> dict[str, object]:
     args = run.args
     return {
         "optimizer": f"`{args.optim.value}`" + (f" ({args.optim_args})" if args.optim_args else ""),
-        "`learning_rate`": f"{args.learning_rate:g}" + (" (only what the schedule refers to)" if found(run) else ""),
+        "`learning_rate`": explained(args.learning_rate, horizon(args)),
         "schedule": args.lr_scheduler_type.value,
         "clipping": args.max_grad_norm,
         "epochs": args.num_train_epochs,
@@ -147,6 +150,12 @@ def settings(run: Run) -> dict[str, object]:
         "seed": args.seed,
         "seconds of training": round(run.metrics["train_runtime"]),
     }
+
+
+def horizon(args: TrainingArguments) -> float | None:
+    """That of the rate rule; None where the optimizer is none of ours."""
+    cls: Any = VARIANTS.get(args.optim.value)
+    return cls and float(cls(nn.Linear(1, 1).parameters(), **parse_options(args.optim_args, cls)).rule.horizon)
 
 
 def found(run: Run) -> dict[str, Any] | None:

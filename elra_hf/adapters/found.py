@@ -146,11 +146,16 @@ class Snapshot:
 
     Raises:
         TypeError: there is no ELRA optimizer inside.
-        ValueError: the optimizer trains what are no parameters of ``module``.
+        ValueError: the optimizer trains what are no parameters of ``module``, or under torch's ZeroRedundancyOptimizer.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any) -> None:
         self.module, self.optimizer = module, unwrap(optimizer)
+        if self.optimizer.dealt is not None:
+            raise ValueError(
+                "RateFinder: ZeroRedundancyOptimizer gives each rank an optimizer of some of the weights, which could not put "
+                "the others back: find the rate without it, on one device or with DDP or FSDP"
+            )
         own = {id(p) for p in module.parameters()}
         if not all(id(p) in own for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from elra_hf.optimizer import rate, unwrap
+from elra_hf.optimizer import inside, rate
 
 from .found import Trace
 from .transformers import say, schedule
@@ -27,12 +27,12 @@ class ElraLogs(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Look at the rate."""
-        if inner := _elra(optimizer):
+        if inner := inside(optimizer):
             self._trace.add(inner)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
         """Add ours."""
-        inner = _elra(optimizer)
+        inner = inside(optimizer)
         if not logs or inner is None:
             return
         seen = {}
@@ -50,11 +50,3 @@ class ElraLogs(TrainerCallback):  # type: ignore[misc]
         found = self._trace.found()
         if found and state.is_world_process_zero:
             say(found.line(schedule(args, state.max_steps)))
-
-
-def _elra(optimizer: Any) -> Any:
-    """The optimizer of ours inside ``optimizer``, or None."""
-    try:
-        return unwrap(optimizer)
-    except TypeError:
-        return None

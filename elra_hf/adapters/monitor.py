@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from elra_hf.average import averaged, keeper, settle, warn_of_statistics
-from elra_hf.optimizer import Elra, rate, unwrap
+from elra_hf.optimizer import inside, rate, unwrap
 from elra_hf.reduce import local, slicer
 
 from .found import Found, Search, Trace
@@ -48,7 +48,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self._losses: list[Tensor] = []
         self._handles: list[Any] = []
         self._traces: dict[int, Trace] = {}
-        self._steps = 0
+        self._unseen: set[int] = set()  # those that have taken a step since they were last looked at
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to listen to the losses."""
@@ -62,7 +62,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                 )
             warn_of_statistics("ElraMonitor(averaged=True)", pl_module)
             self._save_average(trainer)
-        self._traces, self._steps = {index: Trace() for index, _ in _elra(trainer.optimizers)}, trainer.global_step
+        self._traces, self._unseen = {index: Trace() for index, _ in _elra(trainer.optimizers)}, set()
         if not self.loss_restarts:
             return
         if not pl_module.automatic_optimization:
@@ -92,14 +92,24 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._losses.append(loss.detach() / scaler.get_scale() if scaler else loss.detach())
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the step before, of the same batch, and remember that this one is taken."""
+        for index, each in _elra(trainer.optimizers):
+            if each is optimizer:
+                self._look(index, each)
+                self._unseen.add(index)
+
+    def _look(self, index: int, optimizer: Any) -> None:
+        if index in self._unseen:
+            self._unseen.discard(index)
+            self._traces[index].add(unwrap(optimizer))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log. Reading the values waits for the device, hence only when they are going to be written."""
-        if trainer.global_step > self._steps:  # else the batch is accumulated
-            self._steps = trainer.global_step
-            for index, optimizer in _elra(trainer.optimizers):
-                self._traces[index].add(unwrap(optimizer))
+        for index, optimizer in _elra(trainer.optimizers):
+            self._look(index, optimizer)
         if not trainer._logger_connector.should_update_logs:
             return
         for index, optimizer in _elra(trainer.optimizers):
@@ -114,7 +124,9 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self.found = list(results.values())
         for index, found in results.items():
             for logger in trainer.loggers:
-                logger.log_metrics({f"{self._prefix(index)}/found_rate": found.rate}, step=trainer.global_step)
+                # as all that Lightning logs; global_step counts the steps of all optimizers
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_metrics({f"{self._prefix(index)}/found_rate": found.rate}, step=step)
             trainer.print(found.line(_schedule(trainer)))
 
         if self.averaged:
@@ -212,7 +224,7 @@ class RateFinder(Callback):  # type: ignore[misc]
 
     def __init__(self, steps: int | None = 200) -> None:
         self._search = Search(steps)
-        self._steps = 0
+        self._unseen, self._enough = False, False
         self._callbacks: list[Any] = []
 
     @property
@@ -230,20 +242,26 @@ class RateFinder(Callback):  # type: ignore[misc]
         if len(trainer.optimizers) != 1:
             raise ValueError(f"RateFinder finds the rate of one optimizer, and this module has {len(trainer.optimizers)}")
         self._search.start(pl_module, trainer.optimizers[0])
-        self._steps = trainer.global_step
+        self._unseen, self._enough = False, False
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hold the schedule."""
-        self._search.hold(trainer.optimizers[0])
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the step before, of the same batch, and hold the schedule."""
+        self._look(optimizer)
+        self._search.hold(optimizer)
+        self._unseen = True
+
+    def _look(self, optimizer: Any) -> None:
+        if self._unseen:
+            self._unseen = False
+            self._enough = self._search.look(optimizer) or self._enough
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the rate, and stop in time."""
-        if trainer.global_step > self._steps:
-            self._steps = trainer.global_step
-            if self._search.look(trainer.optimizers[0]):
-                trainer.should_stop = True
+        self._look(trainer.optimizers[0])
+        if self._enough:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back, and say what was found."""
@@ -269,4 +287,4 @@ def _schedule(trainer: Trainer) -> str:
 
 def _elra(optimizers: Iterable[Any]) -> list[tuple[int, Any]]:
     """Those of ``optimizers`` that are ours, with their numbers."""
-    return [(index, each) for index, each in enumerate(optimizers) if isinstance(getattr(each, "optimizer", each), Elra)]
+    return [(index, each) for index, each in enumerate(optimizers) if inside(each)]

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-import elra_hf  # noqa: F401  makes --optimizer know ElraC2Min, ElraP2Min and ElraAdamW
+import elra_hf  # makes --optimizer know ElraC2Min, ElraP2Min and ElraAdamW
 from elra_hf.adapters.found import facts
 from elra_hf.adapters.lightning import ElraMonitor
-from elra_hf.cards import write_card
+from elra_hf.cards import explained, write_card
 from elra_hf.plots import plot_rates, series
 from recipes.cli import InputError, nearest, run, show
 from recipes.image_classification.data import Images
@@ -133,7 +133,9 @@ class CLI(LightningCLI):
             metrics={"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"]},
             settings={
                 "optimizer": f"`{name}`",
-                "`lr`": f"{optimizer.defaults['lr']:g}" + (" (only what the schedule refers to)" if self.found() else ""),
+                "`lr`": explained(
+                    optimizer.defaults["lr"], optimizer.rule.horizon if isinstance(optimizer, elra_hf.Elra) else None
+                ),
                 "schedule": hparams.schedule,
                 "epochs": trainer.current_epoch,
                 "images a step": data.batch_size * trainer.accumulate_grad_batches,

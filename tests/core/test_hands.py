@@ -266,6 +266,23 @@ def test_the_state_of_other_shapes_is_refused(cls, scope, old, new):
     fresh.step()
 
 
+@pytest.mark.parametrize("cls", [VARIANTS["c2min"], VARIANTS["p2min"]], ids=["c2min", "p2min"])
+def test_a_momentum_that_was_never_kept_is_refused_until_the_state_is_gone(cls):
+    """betas=(0, 0) saves its memory; somebody asks for it in mid-run."""
+    model = net()
+    optimizer = cls(model.parameters(), betas=(0.0, 0.0))
+    train(model, optimizer, range(5))
+    optimizer.param_groups[0]["betas"] = (0.8, 0.7)
+    before = flat(model).clone()
+    with pytest.raises(RuntimeError, match=r"no 'momentum' in its state, which betas=\(0.8, 0.7\).*del optimizer.state"):
+        train(model, optimizer, [5])
+    assert torch.equal(flat(model), before)
+    for p in model.parameters():
+        del optimizer.state[p]
+    train(model, optimizer, range(5, 10))
+    assert all("momentum" in optimizer.state[p] for p in model.parameters())
+
+
 @every
 @scopes
 def test_a_parameter_that_was_resized_is_refused_until_its_state_is_gone(cls, scope):

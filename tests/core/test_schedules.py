@@ -169,6 +169,24 @@ def test_a_raised_lr_is_warned_of_once_with_the_remedy(cls):
     (said,) = [str(each.message) for each in seen if "raised lr" in str(each.message)]
     assert "from 1e-05 to 2e-05" in said
     assert "max_lr=1e-05 or eta_min=1e-07" in said
+    assert "a warm-up written by hand, set initial_lr" in said
+
+
+@every
+def test_a_warm_up_written_by_hand_is_one_where_it_says_its_highest_lr(cls):
+    """As in nanoGPT, which writes lr before each step, the first included; nothing else tells that lr from the full one."""
+    model, other = net(), net()
+    optimizer, scheduled = cls(model.parameters(), lr=1e-3), cls(other.parameters(), lr=1e-3)
+    schedule = schedulers.LambdaLR(scheduled, lambda t: min(1.0, (t + 1) / 20))
+    optimizer.param_groups[0]["initial_lr"] = 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(40):
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+            train(model, optimizer, [step])
+            train(other, scheduled, [step])
+            schedule.step()
+    assert torch.equal(flat(model), flat(other))
 
 
 @every

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as Ddp
+
+from elra_hf import ElraAdamW, averaged, rate
+from elra_hf.adapters.found import Search
 
 from .setups import BATCH, VARIANTS, Net, batch, build, flatten, groups
 
@@ -129,4 +133,27 @@ def rows() -> dict[tuple[str, str, str, str], Any]:
                 except Exception:
                     results[shape, variant, scope, kind] = traceback.format_exc()
                     print(shape, variant, scope, kind, results[shape, variant, scope, kind], flush=True)
+    return results
+
+
+def wrapped() -> dict[str, Any]:
+    """What torch's wrappers let others see of the rate: {wrapper: (rate of the wrapper, rate of what it wraps, refusals)}."""
+    results: dict[str, Any] = {}
+    for name in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer"):
+        model = build(Net)
+        module, params = Ddp(model), [*model.parameters()]
+        if name == "ZeroRedundancyOptimizer":
+            optimizer: Any = ZeroRedundancyOptimizer(params, optimizer_class=ElraAdamW, lr=1e-3)
+        else:
+            optimizer = PostLocalSGDOptimizer(ElraAdamW(params, lr=1e-3), PeriodicModelAverager(period=4, warmup_steps=2))
+        advance(model, module, optimizer, range(5))
+        before, refusals = [p.detach().clone() for p in params], []
+        for refused in (lambda o=optimizer: averaged(o).__enter__(), lambda o=optimizer, m=model: Search(3).start(m, o)):
+            try:
+                refused()
+                refusals.append("")
+            except ValueError as error:
+                refusals.append(str(error))
+        assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+        results[name] = rate(optimizer), float(optimizer.optim.param_groups[0]["effective_lr"]), refusals
     return results

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .dealt import OPTIONS, SHAPES, alone
-from .harness import shared
+from .harness import launch, shared
 
 CASES = [(shape, variant, scope) for shape in SHAPES for variant, scope in OPTIONS]
 TOLERANCE = 1e-9  # float64; the order of sums is all that differs
@@ -56,3 +56,13 @@ def test_some_ranks_hold_nothing(outcomes):
 def test_the_rate_moves(variant):
     rates = [step[0] for step in expected("net", variant, "global").alphas]
     assert len(set(rates)) > 10
+
+
+def test_wrappers_of_torch_show_the_rate_and_refuse_what_one_rank_alone_cannot_do():
+    for rank in launch("tests.distributed.dealt:wrapped", world=2):
+        for name, (seen, applied, (average, search)) in rank.items():
+            assert seen == pytest.approx(applied)
+            assert 0.0 < seen != 1e-3
+            assert f"averaged: {name} gives each rank an optimizer of its own" in average
+            # PostLocalSGDOptimizer leaves every rank all of its weights
+            assert ("ZeroRedundancyOptimizer gives each rank an optimizer of some" in search) == name.startswith("Zero")

@@ -13,7 +13,7 @@ from elra_hf import ElraAdamW
 from elra_hf.adapters.lightning import ElraMonitor, RateFinder, configure_elra
 
 from .modules import STEPS, Classifier, flat, loader, optimizer_of, trainer
-from .test_training import Gan
+from .test_training import Gan, Manual, Uneven
 
 
 def warming(optimizer):
@@ -55,6 +55,41 @@ def test_the_monitor_says_what_was_found(accumulate, tmp_path, capsys):
     assert line.startswith(
         f"ElraAdamW found the rate {rate:.2g}. The same for AdamW: lr {rate:.2g}, schedule as here (LinearLR)."
     )
+
+
+def test_each_of_two_optimizers_is_followed_by_its_own_steps(tmp_path):
+    """Of which one takes several in a batch, and the other none in most."""
+    logger, monitor, module = CSVLogger(tmp_path), ElraMonitor(), Uneven()
+    run = trainer(logger=logger, callbacks=[monitor], max_epochs=2)
+    run.fit(module, loader())
+    assert [found.steps for found in monitor.found] == [2 * STEPS // 3, 2 * STEPS * 2]
+    for found, alphas in zip(monitor.found, module.seen, strict=True):
+        half = torch.tensor(alphas[len(alphas) // 2 :]).double()
+        assert found.rate == pytest.approx(half.log().mean().exp().item(), rel=1e-4)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        at = {int(row["step"]) for row in csv.DictReader(file) if row["elra/1/found_rate"]}
+    assert at == {2 * STEPS}  # Lightning counts batches there
+
+
+def test_the_finder_sees_each_step_of_a_batch():
+    class Twice(Manual):
+        def training_step(self, batch, batch_idx):
+            for _ in range(2):
+                super().training_step(batch, batch_idx)
+                self.lr_schedulers().step()
+
+    class Watching(RateFinder):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            super().on_before_optimizer_step(trainer, module, optimizer)
+            held.append(optimizer.param_groups[0]["lr"])
+
+    held, finder = [], Watching(7)
+    module = Twice(lambda module: configure_elra(module, "elra_adamw", lr=1e-3, scheduler=warming), "nothing")
+    before = flat(module).clone()
+    trainer(callbacks=[finder]).fit(module, loader())
+    assert finder.found.steps == 8  # the batch is finished
+    assert held == [1e-3] * 8
+    assert torch.equal(flat(module), before)
 
 
 @pytest.mark.parametrize("steps", [20, None])

@@ -236,3 +236,20 @@ def test_rate_reads_through_lightnings_wrapper():
     wrapped = module.optimizers()
     assert isinstance(wrapped, ElraP2Min)
     assert rate(wrapped) == rate(module.trainer.optimizers[0]) != 1e-2
+
+
+class Uneven(Gan):
+    """The discriminator takes two steps a batch, the generator one at every third."""
+
+    def training_step(self, batch, batch_idx):
+        real, _ = batch
+        fake = self.generator(torch.randn(len(real), 2))
+        generator, discriminator = self.optimizers()
+        for optimizer, loss in [(discriminator, self._tell)] * 2 + [(generator, self._fool)] * (batch_idx % 3 == 2):
+            optimizer.zero_grad()
+            self.manual_backward(loss(real, fake), retain_graph=True)
+            optimizer.step()
+            self.seen[optimizer is discriminator].append(float(optimizer.param_groups[0]["alpha"]))
+
+    def on_train_start(self):
+        self.seen = [[], []]

@@ -67,6 +67,21 @@ def finished(pictures, tmp_path_factory):
     return out / "image_classification/version_0", said
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["ElraAdamW"], "1e-05 (only what the schedule refers to)"),
+        (["ElraP2Min", "--optimizer.horizon", ".inf"], "1e-05 (the first rate)"),
+        (["SGD", "--optimizer.lr", "0.1"], "0.1"),
+    ],
+    ids=["default", "paper's", "other"],
+)
+def test_the_card_says_what_lr_was(given, said, pictures, tmp_path, monkeypatch):
+    in_process(monkeypatch, *command(pictures, tmp_path, "--optimizer", *given, "--trainer.max_epochs", "1"))
+    (card,) = tmp_path.rglob("README.md")
+    assert f"| `lr` | {said} |" in card.read_text()
+
+
 def test_pictures_metrics_logs_and_checkpoint_are_written(finished):
     folder, said = finished
     for name in ("rate.png", "confusion.png"):

@@ -93,6 +93,9 @@ def test_options_come_from_a_yaml_file_and_the_command_line_wins(tiny_model: str
     assert state["global_step"] == 2
     assert "| `learning_rate` | 0.0001 (only what the schedule refers to) |" in (tmp_path / "yes/README.md").read_text()
     assert not (tmp_path / "no").exists()
+    papers = ["--optim", "elra_c2min", "--optim_args", "horizon=inf", "--max_steps", "1", "--disable_tqdm", "true"]
+    run(main, [str(config), "--output_dir", str(tmp_path / "papers"), *papers])
+    assert "| `learning_rate` | 0.0001 (the first rate) |" in (tmp_path / "papers/README.md").read_text()
 
 
 def test_given_splits_are_used_as_they_are(tiny_model: str, tmp_path: Path):

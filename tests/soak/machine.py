@@ -123,6 +123,26 @@ class Life(RuleBasedStateMachine):
                 p.grad = None
                 p.data = p.data.to(dtype)
 
+    @rule(which=st.integers(0, 3), factor=st.sampled_from([0.5, 0.99, 1.0]), steps=st.integers(1, 3), times=st.integers(1, 4))
+    def others_move(self, which, factor, steps, times):
+        """As a constraint does, after each step or every few; by nothing at all where it is met."""
+        for _ in range(times):
+            self.write(which, lambda p: p.mul_(factor))
+            for _ in range(steps):
+                self.step("good")
+
+    @rule(which=st.integers(0, 3))
+    def others_move_and_put_back(self, which):
+        kept = {p: p.detach().clone() for p in self.params}
+        self.write(which, lambda p: p.fill_(7.0))
+        self.write(which, lambda p: p.copy_(kept[p]))
+
+    @torch.no_grad()
+    def write(self, which, change):
+        for i, p in enumerate(self.params):
+            if i % 3 == which or which == 3:
+                change(p)
+
     @rule(sizes=st.lists(st.sampled_from([1e-3, 1.0, 1e3]), min_size=2, max_size=3), to_none=st.booleans())
     def accumulate(self, sizes, to_none):
         """Backward passes add up in the gradients that the step before has seen; a twin gets the sum at once."""
