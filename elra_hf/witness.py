@@ -10,7 +10,7 @@ from torch import Tensor
 # data are learnt, a batch now and then has a gradient that is ten times as long as that of the others.
 NORM_EXPLOSION = 10.0
 # The same where it points back: on a quadratic, a rate that has been stable and doubles makes it three times as long.
-NORM_OVERSHOOT = 5.0
+NORM_OVERSHOOT = 3.0
 # And where it has grown step by step and points back: two lengths that no step may raise by more than these factors, the
 # first so that one long gradient is no explosion, the second so that what it is compared with does not keep up with one.
 LASTING_RISE = 3.0
