@@ -158,6 +158,17 @@ def test_nothing_set_against_what_it_builds_on(optimizer):
         assert f"| {' | '.join(row)} |" in lines
 
 
+def test_which_optimizer():
+    """The means and the worsts of c2min and p2min, the better of both schedules."""
+    (c_mean, c_worst), (p_mean, p_worst) = (
+        [float(row[-1]) for row in untuned.means(optimizer)] for optimizer in ("elra_c2min", "elra_p2min")
+    )
+    page = (ROOT / "docs/choose.md").read_text().replace("\n", " ")
+    assert f"they end at {c_mean:.2f} and {p_mean:.2f} of the test loss of SGD with momentum" in page
+    assert f"at worst at {c_worst:.2f} and {p_worst:.2f} " in page
+    assert "On eight small tasks" in page and len(untuned.EUCLIDEAN) == 8
+
+
 def test_regret():
     measured = regret("quick")
     shown = [cells for cells in table_rows(EVIDENCE, "[a-z].+") if len(cells) == 3 and cells[0] in measured]

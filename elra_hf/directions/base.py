@@ -89,7 +89,7 @@ class Direction(Protocol):
         ...
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
-        """Return the inner products ``needs`` of a piece, 0-dim, from the state before the step; ``last`` as in `Move`."""
+        """Return the inner products ``needs`` of a piece, 0-dim, before the step; ``last`` is η of the step before."""
         ...
 
     def update(self, piece: Piece, counts: Counts, move: Move) -> None:

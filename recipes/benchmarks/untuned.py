@@ -33,13 +33,18 @@ MORE = {
     "python-2x64": "GPT of 2 layers, characters of Python",
     "shakespeare-2x64": "the same, of Shakespeare",
     "bert-questions": "tiny BERT from scratch, questions",
+    "bert-movies": "tiny BERT from scratch, movie sentences",
     "minilm4-questions": "MiniLM, upper layers and head, questions",
     "minilm4-movies": "the same, movie sentences",
+    "minilm-lora-questions": "MiniLM, LoRA and head, questions",
+    "fashion-cnn": "CNN on Fashion-MNIST",
     "mnist-paper": "the paper's net on MNIST",
     "mnist-autoencoder": "autoencoder of MNIST",
 }
 # where SGD with momentum was swept
-EUCLIDEAN = ("mnist-mlp", "mnist-cnn", "digits-mlp", "digits-cnn", "mnist-autoencoder", "bert-questions", "python-2x64")
+EUCLIDEAN = (
+    "mnist-mlp", "mnist-cnn", "digits-mlp", "digits-cnn", "fashion-cnn", "mnist-autoencoder", "bert-questions", "python-2x64"
+)  # fmt: skip
 # ours, what it builds on, and the tasks
 COMPARED = {
     "elra_adamw": ("adamw", TASKS | MORE),
