@@ -85,7 +85,7 @@ def average_method(factor, first: float, gradient: Gradient, x0, steps: int, bet
         moving = bool(shares) and shares[-1] > 0
         overshot = g @ (np.mean(iterates, axis=0) - x) < 0
         if moving and (
-            size > 10.0 * longest or (overshot and (size > 3.0 * longest or min(size, 3.0 * lasting) > 10.0 * calm))
+            size > 10.0 * longest or (overshot and (size > 5.0 * longest or min(size, 3.0 * lasting) > 10.0 * calm))
         ):
             x = np.mean(iterates, axis=0)
             alpha = clamp(alpha * min(1 / 3, longest / size))
