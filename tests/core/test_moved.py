@@ -37,6 +37,19 @@ def run(model, optimizer, constrain, steps):
     return losses, iterates
 
 
+def resumes(cls, model, constrain, saved_after):
+    """20 steps more are the same with what was saved as without the break."""
+    optimizer, other = cls(model.parameters()), net()
+    resumed = cls(other.parameters())
+    run(model, optimizer, constrain, range(saved_after))
+    saved, again = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(constrain)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    rest = range(saved_after, saved_after + 20)
+    assert run(model, optimizer, constrain, rest)[0] == run(other, resumed, again, rest)[0]
+    assert torch.equal(flat(model), flat(other))
+
+
 @every
 @constraints
 @pytest.mark.parametrize("scope", ["global", "tensor"])
@@ -103,15 +116,8 @@ def test_the_rate_does_not_run_away_where_a_constraint_comes_now_and_then(cls, e
 @pytest.mark.parametrize("saved_after", range(3, 13))
 def test_a_run_under_lookahead_resumes_digit_for_digit(cls, saved_after):
     """Wherever it is stopped: before a move is seen, after it, and when it is known that more will come."""
-    model, other = net(), net()
-    optimizer, resumed, look = cls(model.parameters()), cls(other.parameters()), Lookahead(model)
-    run(model, optimizer, look, range(saved_after))
-    saved, again = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(look)
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(saved)
-    rest = range(saved_after, saved_after + 20)
-    assert run(model, optimizer, look, rest)[0] == run(other, resumed, again, rest)[0]
-    assert torch.equal(flat(model), flat(other))
+    model = net()
+    resumes(cls, model, Lookahead(model), saved_after)
 
 
 @every
@@ -129,14 +135,7 @@ def test_the_rate_does_not_run_away(cls, constrain):
 
 @every
 def test_a_run_under_a_constraint_resumes_digit_for_digit(cls):
-    model, other = net(), net()
-    optimizer, resumed = cls(model.parameters()), cls(other.parameters())
-    run(model, optimizer, clamp, range(20))
-    saved = copy.deepcopy(optimizer.state_dict())
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(saved)
-    assert run(model, optimizer, clamp, range(20, 40))[0] == run(other, resumed, clamp, range(20, 40))[0]
-    assert torch.equal(flat(model), flat(other))
+    resumes(cls, net(), clamp, 20)
 
 
 @every
