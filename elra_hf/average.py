@@ -30,8 +30,8 @@ def averaged(optimizer: Any) -> Iterator[None]:
             evaluate(model)
             model.save_pretrained("averaged")
 
-    x̄ is the mean of the parameters at the start of the run and after each of its steps; it starts anew where the optimizer went
-    back to it after an explosion. There is no mode to switch: whatever happens in the block, training goes on from x. Works
+    x̄ is the average of the parameters at the start of the run and after each of its steps, of which the k-th weighs k, so that
+    the search at the start is soon forgotten; it starts anew where the optimizer went back to it after an explosion. There is no mode to switch: whatever happens in the block, training goes on from x. Works
     through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism, without a
     collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the parameter's dtype:
     4 bytes of state a float32 parameter. The block itself takes as much again, for x.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .directions.base import share
 from .pieces import PLAIN_TENSORS, dot
 
 # What is known of a parameter: it is followed; or it was written to some time ago, between the last two steps, since the last.
@@ -60,8 +61,7 @@ class Hands:
         for p, copy in self._copies.items():
             state = states.get(p, {})
             if "way" in state and (copy.shape, copy.dtype, copy.device) == (p.shape, p.dtype, p.device):
-                # of the average, x after the step has the share 1 / (step + 1)
-                rest = state["step"] / (state["step"] + 1.0)
+                rest = 1.0 - share(state["step"])
                 state["way"].sub_((p.detach() - copy) * rest.to(p.dtype))
                 copy.copy_(p.detach())
 

@@ -75,7 +75,7 @@ class Adam:
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
         of_mean, of_variance = self._of_mean(group, counts, rate)[1], self._of_variance(group, counts, rate)[1]
-        return Numbers(1.0 - of_mean, group["betas"][1], group["eps"], of_variance, 0.0, rate, share(counts))
+        return Numbers(1.0 - of_mean, group["betas"][1], group["eps"], of_variance, 0.0, rate, share(counts["step"] + 1.0))
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         c = self.numbers(piece.bucket.group, counts, last)
@@ -128,11 +128,11 @@ class Adam:
 
 
 def reach(counts: Counts) -> Scalar:
-    """How many ways it is from x_t back to the average of the iterates before x_t: (t + 1) / t.
+    """How many ways it is from x_t back to the average of the iterates before x_t: (t + 2) / t.
 
     A step at a rate above the weights goes so far that even its share of the average would tear them apart.
     """
     taken = counts["step"]
     if isinstance(taken, Tensor):
-        return (taken + 1.0) / taken.clamp(min=1.0)
-    return float((taken + 1.0) / max(taken, 1.0))
+        return (taken + 2.0) / taken.clamp(min=1.0)
+    return float((taken + 2.0) / max(taken, 1.0))

@@ -45,7 +45,7 @@ class Numbers(NamedTuple):
         fresh: what G_t² weighs in v.
         first: 1 where the momentum is G_t beforehand, else 0.
         rate: what multiplies the momentum over √v, or the direction.
-        share: of x_{t+1} in the average of all iterates.
+        share: of x_{t+1} in the average of the iterates.
     """
 
     beta1: Scalar
@@ -115,9 +115,9 @@ def gradient(piece: Piece, move: Move) -> Tensor:
     return torch.where(move.taken > 0, piece.g, 0.0)
 
 
-def share(counts: Counts) -> Scalar:
-    """The share of x_{t+1} in the average of all iterates, x_1 included: 1 / (t + 1)."""
-    result: Scalar = 1.0 / (counts["step"] + 2.0)
+def share(step: Scalar) -> Scalar:
+    """The share of x_{t+1} in the average of the iterates after ``step`` = t steps: x_k weighs k, so that it is 2 / (t + 2)."""
+    result: Scalar = 2.0 / (step + 2.0)
     return result
 
 

@@ -1,4 +1,4 @@
-"""`elra_hf.averaged`: the mean of all iterates in the parameters, and the iterate back, bit for bit."""
+"""`elra_hf.averaged`: the average of all iterates in the parameters, and the iterate back, bit for bit."""
 
 import copy
 import math
@@ -11,6 +11,8 @@ from torch.optim.swa_utils import update_bn
 import elra_hf
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min
 from elra_hf.average import settle
+
+from ..iterates import average
 
 CLASSES = (ElraAdamW, ElraC2Min, ElraP2Min)
 
@@ -57,12 +59,12 @@ def train(net, optimizer, steps, start=0, seen=None):
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_it_is_the_mean_of_all_iterates_and_the_iterate_comes_back(cls, scope):
+def test_it_is_the_average_of_all_iterates_and_the_iterate_comes_back(cls, scope):
     net, seen = Net(), []
     optimizer = cls(net.parameters(), weight_decay=0.1, scope=scope)
     train(net, optimizer, 30, seen=seen)
     assert float(optimizer.param_groups[0]["restarts"]) == 0
-    means = [torch.stack(each).mean(0) for each in zip(*seen, strict=True)]
+    means = [average(each) for each in zip(*seen, strict=True)]
     with elra_hf.averaged(optimizer):
         for p, mean in zip(net.parameters(), means, strict=True):
             torch.testing.assert_close(p.detach(), mean, rtol=1e-9, atol=1e-12)
@@ -165,7 +167,7 @@ def test_through_accelerates_wrapper():
     net, optimizer = accelerator.prepare(net, ElraAdamW(net.parameters()))
     train(net, optimizer, 5, seen=seen)
     with elra_hf.averaged(optimizer):
-        mean = torch.stack([each[2] for each in seen]).mean(0)
+        mean = average([each[2] for each in seen])
         torch.testing.assert_close(net.inner.weight.detach(), mean)
     assert same(net, seen[-1])
 
@@ -176,7 +178,7 @@ def test_through_fabrics_wrapper():
     _, optimizer = fabric.setup(net, ElraAdamW(net.parameters()))
     train(net, optimizer, 5, seen=seen)
     with elra_hf.averaged(optimizer):
-        mean = torch.stack([each[2] for each in seen]).mean(0)
+        mean = average([each[2] for each in seen])
         torch.testing.assert_close(net.inner.weight.detach(), mean)
     assert same(net, seen[-1])
 

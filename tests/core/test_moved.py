@@ -7,6 +7,7 @@ import torch
 
 import elra_hf
 
+from ..iterates import average
 from .problems import VARIANTS, flat, loss_of, net, train
 
 every = pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
@@ -63,7 +64,7 @@ def test_the_average_is_that_of_where_they_stood(cls, constrain, scope):
         mean = flat(model)
     assert torch.equal(flat(model), before)
     # of the first steps, which are short, it is not seen how far a constraint took them back
-    torch.testing.assert_close(mean, torch.stack(iterates).mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mean, average(iterates), rtol=1e-3, atol=1e-3)
 
 
 class Lookahead:
@@ -87,7 +88,7 @@ def test_the_average_under_lookahead(cls, scope):
     model = net(dtype=torch.float64)
     optimizer = cls(model.parameters(), scope=scope)
     _, iterates = run(model, optimizer, Lookahead(model), range(200))
-    mean = torch.stack(iterates).mean(0)
+    mean = average(iterates)
     with elra_hf.averaged(optimizer):
         # two moves were not seen, those of the first ten steps
         assert (flat(model) - mean).norm() < 0.05 * (iterates[-1] - mean).norm()

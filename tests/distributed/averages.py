@@ -11,6 +11,7 @@ from torch import Tensor
 from elra_hf import averaged
 from elra_hf.adapters.found import Snapshot
 
+from ..iterates import average
 from .setups import SETUPS, Net, advance, batch, build, flatten, make
 
 NAMES = ("DDP", "FSDP2", "FSDP2, ignored_params", "TP", "FSDP1 NO_SHARD")
@@ -41,7 +42,7 @@ def look(name: str, variant: str) -> dict[str, Any]:
     for step in range(STEPS):
         advance(wrapped, optimizer, setup, range(step, step + 1))
         seen.append(whole(wrapped))
-    mean = {key: torch.stack([each[key] for each in seen]).mean(0) for key in seen[0]}
+    mean = {key: average([each[key] for each in seen]) for key in seen[0]}
     x, _ = batch(99, Net)
 
     def output() -> Tensor:

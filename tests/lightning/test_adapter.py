@@ -14,6 +14,7 @@ from torch import nn
 from elra_hf import ElraC2Min, rate
 from elra_hf.adapters.lightning import ElraMonitor, configure_elra
 
+from ..iterates import average
 from .modules import NAMES, STEPS, Classifier, flat, loader, lowering, net, optimizer_of, plain, trainer
 from .test_training import Gan, Manual
 
@@ -171,7 +172,7 @@ def test_an_exploded_loss_undoes_the_way_where_it_is_handed_over(flag, name):
     run.fit(module, loader())
     assert run.optimizers[0].param_groups[0]["restarts"] == flag
     # of elra_adamw, whose last step may have gone anywhere, the average of what was before it
-    average = torch.stack(module.seen[:-1] if name == "elra_adamw" else module.seen).double().mean(0)
+    average = average(module.seen[:-1] if name == "elra_adamw" else module.seen)
     near = (flat(module) - average).norm() < 1e-3 * (module.seen[-1] - average).norm()
     assert near == flag
 

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from elra_hf.adapters.lightning import ElraMonitor
 
+from ..iterates import average
 from .modules import STEPS, Classifier, flat, loader, optimizer_of, trainer
 from .test_training import Gan
 
@@ -30,10 +31,6 @@ class Watched(Classifier):
         self.loaded = True
 
 
-def mean(vectors):
-    return torch.stack(vectors).double().mean(0).float()
-
-
 @pytest.mark.parametrize("name", ["elra_adamw", "elra_c2min"])
 def test_validations_and_the_end_are_of_the_average(name):
     module, plain = Watched(name), Watched(name)
@@ -42,7 +39,7 @@ def test_validations_and_the_end_are_of_the_average(name):
     trainer(max_epochs=2).fit(plain, loader(), loader())
     assert all(torch.equal(a, b) for a, b in zip(module.iterates, plain.iterates, strict=True))
     for validated, steps in zip(module.validated, (0, STEPS, 2 * STEPS), strict=True):
-        torch.testing.assert_close(validated, mean(module.iterates[: steps + 1]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(validated, average(module.iterates[: steps + 1]).float(), rtol=1e-4, atol=1e-6)
     assert torch.equal(flat(module), module.validated[-1])
     assert not torch.equal(flat(plain), flat(module))
 

@@ -10,6 +10,7 @@ from transformers import Trainer
 from elra_hf import averaged
 from elra_hf.adapters.transformers import AveragedWeights
 
+from ..iterates import average
 from .jobs import Rows, arguments, bert, logs, run
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 1e-3}
@@ -57,7 +58,7 @@ def test_evaluations_and_the_end_are_of_the_average(optim, tmp_path):
     assert list(trainer.evaluated) == [3, 6, 9, 12]
     for step in (3, 6, 9):
         for name, value in trainer.evaluated[step].items():
-            mean = torch.stack([each[name].double() for each in trainer.iterates[: step + 1]]).mean(0)
+            mean = average([each[name] for each in trainer.iterates[: step + 1]])
             torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
     assert equal(weights(trainer.model), trainer.evaluated[12])
     assert not equal(weights(trainer.model), weights(plain.model))
