@@ -149,17 +149,22 @@ def walk(rate: float, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(places), SLOPES * places[-1] + NOISE * rng.normal(size=2)
 
 
+def average_of(places: np.ndarray) -> np.ndarray:
+    """The k-th weighs k."""
+    return np.average(places, axis=0, weights=np.arange(1, len(places) + 1))
+
+
 def question(panel: Axes, title: str, rate: float, steps: int, wanted: float) -> None:
     """Draw the walk, of some seeds the one whose cosine comes nearest to ``wanted``."""
 
     def cosine(seed: int) -> float:
         places, gradient = walk(rate, steps, seed)
-        back = places.mean(0) - places[-1]
+        back = average_of(places) - places[-1]
         return float(gradient @ back / np.linalg.norm(gradient) / np.linalg.norm(back))
 
     seed = min(range(200), key=lambda seed: abs(cosine(seed) - wanted))
     places, gradient = walk(rate, steps, seed)
-    here, average = places[-1], places.mean(0)
+    here, average = places[-1], average_of(places)
     x, y = np.meshgrid(np.linspace(-4.8, 2.2, 200), np.linspace(-2.0, 2.0, 200))
     panel.contour(
         x, y, 0.5 * (SLOPES[0] * x**2 + SLOPES[1] * y**2), levels=[0.3, 1.5, 4, 8, 14, 22], colors="0.8", linewidths=0.8

@@ -30,11 +30,12 @@ def averaged(optimizer: Any) -> Iterator[None]:
             evaluate(model)
             model.save_pretrained("averaged")
 
-    x̄ is the average of the parameters at the start of the run and after each of its steps, of which the k-th weighs k, so that
-    the search at the start is soon forgotten; it starts anew where the optimizer went back to it after an explosion. There is no mode to switch: whatever happens in the block, training goes on from x. Works
-    through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism, without a
-    collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the parameter's dtype:
-    4 bytes of state a float32 parameter. The block itself takes as much again, for x.
+    x̄ is the average of the parameters at the start of the run and after each of its steps. In ElraAdamW's the k-th weighs k, so
+    that the search at the start is soon forgotten; ElraC2Min's and ElraP2Min's is the plain mean, and starts anew where they
+    went back to it after an explosion. There is no mode to switch: whatever happens in the block, training goes on from x.
+    Works through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism,
+    without a collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the
+    parameter's dtype: 4 bytes of state a float32 parameter. The block itself takes as much again, for x.
 
     Buffers are left alone. The running statistics of BatchNorm are those of the iterate, and do not fit the average: take them
     anew inside of the block, with ``torch.optim.swa_utils.update_bn(batches, model)``, before the model is evaluated or saved,
@@ -52,7 +53,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
     inner = keeper(optimizer)
     if inner in _swapped:
         raise RuntimeError("averaged: the parameters hold the average already; do not nest it")
-    inner._hands.tell(inner.state)
+    inner._hands.tell(inner.state, inner.direction.power)
     params = [p for group in inner.param_groups for p in group["params"]]
     before = counts(params)
     pairs = _pairs(inner)
@@ -82,7 +83,7 @@ def settle(optimizer: Any) -> None:
         TypeError, ValueError: as `averaged`.
     """
     inner = keeper(optimizer)
-    inner._hands.tell(inner.state)
+    inner._hands.tell(inner.state, inner.direction.power)
     pairs = _pairs(inner)
     _to_average(pairs)
     for _, way in pairs:

@@ -25,8 +25,8 @@ class Checkpoints(Groups):
     def _look_at_hands(self) -> None:
         """Let what is saved know what others have done to the parameters since the last step."""
         if self.process_group is None:  # slices are written to by those who cut them
-            self._hands.look([p for group in self.param_groups for p in group["params"]], self.state)
-        self._hands.tell(self.state)
+            self._hands.look([p for group in self.param_groups for p in group["params"]], self.state, self.direction.power)
+        self._hands.tell(self.state, self.direction.power)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

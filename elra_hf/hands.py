@@ -39,7 +39,7 @@ class Hands:
         self._norms: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
 
-    def look(self, params: list[Tensor], states: States) -> None:
+    def look(self, params: list[Tensor], states: States, power: int) -> None:
         """Before a step: who has been moved since the last? Waits for the device where a norm has to be compared."""
         versions = counts(params)
         if self.away or versions == self._versions:
@@ -48,20 +48,23 @@ class Hands:
             mark = self.marks.get(p, WATCHED)
             if old != new and mark != FOLLOWED and type(p) in PLAIN_TENSORS:
                 self.marks[p] = FOLLOWED if mark == BEFORE or self._is_elsewhere(p) else SINCE
-        self.tell(states)
+        self.tell(states, power)
 
     def _is_elsewhere(self, p: Tensor) -> bool:
         known = self._norms.get(p)
         return known is not None and known.device == p.device and not torch.equal(known, norm(p))
 
-    def tell(self, states: States) -> None:
-        """Let the ways know how far the parameters that are followed have been moved since they were last told."""
+    def tell(self, states: States, power: int) -> None:
+        """Let the ways know how far the parameters that are followed have been moved since they were last told.
+
+        ``power`` is that of the direction.
+        """
         if self.away:
             return
         for p, copy in self._copies.items():
             state = states.get(p, {})
             if "way" in state and (copy.shape, copy.dtype, copy.device) == (p.shape, p.dtype, p.device):
-                rest = 1.0 - share(state["step"])
+                rest = 1.0 - torch.as_tensor(share(state["step"], power))
                 state["way"].sub_((p.detach() - copy) * rest.to(p.dtype))
                 copy.copy_(p.detach())
 

@@ -155,7 +155,7 @@ class Elra(Launches):
         # slices are written to by those who cut them
         hands = None if torch.compiler.is_compiling() or self.process_group is not None else self._hands
         if hands is not None:
-            hands.look(params, self.state)
+            hands.look(params, self.state, self.direction.power)
         ranks = self._ranks(params)
         buckets = self._gather(ranks)
         self._require_all(params)

@@ -40,6 +40,7 @@ class Adam:
     counters: ClassVar[tuple[str, ...]] = ("step", "mean_weight", "variance_weight")
     explodes: ClassVar[bool] = False
     relative: ClassVar[bool] = True
+    power: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.check(self.defaults())
@@ -75,7 +76,8 @@ class Adam:
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
         of_mean, of_variance = self._of_mean(group, counts, rate)[1], self._of_variance(group, counts, rate)[1]
-        return Numbers(1.0 - of_mean, group["betas"][1], group["eps"], of_variance, 0.0, rate, share(counts["step"] + 1.0))
+        newest = share(counts["step"] + 1.0, self.power)
+        return Numbers(1.0 - of_mean, group["betas"][1], group["eps"], of_variance, 0.0, rate, newest)
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         c = self.numbers(piece.bucket.group, counts, last)
@@ -99,7 +101,7 @@ class Adam:
         p, way, m, v = piece.p, piece.state["way"], piece.state["mean"], piece.state["variance"]
         g = gradient(piece, move)
         if not isinstance(move.back, float) or move.back:
-            add_scaled(p, way, move.back * reach(counts))
+            add_scaled(p, way, move.back * self._reach(counts["step"]))
             way.mul_(1.0 - move.back)
             m.mul_(1.0 - move.back)
         if move.decay is not None:
@@ -126,13 +128,11 @@ class Adam:
         new = {name: counts[name] + move.taken * (total - counts[name]) for name, total in after.items()}
         return {"step": counts["step"] + move.taken, **new, "mean_weight": new["mean_weight"] * (1.0 - move.back)}
 
+    def _reach(self, taken: Scalar) -> Scalar:
+        """How many ways it is from x_t back to the average of the iterates before x_t, ``taken`` = t steps taken.
 
-def reach(counts: Counts) -> Scalar:
-    """How many ways it is from x_t back to the average of the iterates before x_t: (t + 2) / t.
-
-    A step at a rate above the weights goes so far that even its share of the average would tear them apart.
-    """
-    taken = counts["step"]
-    if isinstance(taken, Tensor):
-        return (taken + 2.0) / taken.clamp(min=1.0)
-    return float((taken + 2.0) / max(taken, 1.0))
+        A step at a rate above the weights goes so far that even its share of the average would tear them apart.
+        """
+        least = taken.clamp(min=1.0) if isinstance(taken, Tensor) else max(taken, 1.0)
+        result: Scalar = 1.0 / (1.0 - share(least, self.power))
+        return result

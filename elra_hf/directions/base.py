@@ -65,12 +65,14 @@ class Direction(Protocol):
         counters: the names of what tensors of one age count together, ``step`` among them.
         explodes: a gradient that has suddenly grown makes a step that has.
         relative: entries of d are of order 1, so that rates are comparable to weights.
+        power: in the average of the iterates the k-th weighs k^power; 0 or 1.
     """
 
     offers: ClassVar[frozenset[str]]
     counters: ClassVar[tuple[str, ...]]
     explodes: ClassVar[bool]
     relative: ClassVar[bool]
+    power: ClassVar[int]
 
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters that go into every parameter group."""
@@ -115,9 +117,9 @@ def gradient(piece: Piece, move: Move) -> Tensor:
     return torch.where(move.taken > 0, piece.g, 0.0)
 
 
-def share(step: Scalar) -> Scalar:
-    """The share of x_{t+1} in the average of the iterates after ``step`` = t steps: x_k weighs k, so that it is 2 / (t + 2)."""
-    result: Scalar = 2.0 / (step + 2.0)
+def share(step: Scalar, power: int) -> Scalar:
+    """The share of x_{t+1} in the average of x_1, …, x_{t+1}, ``step`` = t: 1 / (t + 1), or where x_k weighs k 2 / (t + 2)."""
+    result: Scalar = (1.0 + power) / (step + 1.0 + power)
     return result
 
 
@@ -138,6 +140,7 @@ class QuasiHyperbolic:
     counters: ClassVar[tuple[str, ...]] = ("step",)
     explodes: ClassVar[bool] = True
     relative: ClassVar[bool] = False
+    power: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_betas(self.betas)

@@ -30,7 +30,7 @@ class Momentum(QuasiHyperbolic):
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
         beta1, beta2 = group["betas"]
-        return Numbers(beta1, beta2, 0.0, 0.0, as_number(counts["step"] == 0), rate, share(counts["step"] + 1.0))
+        return Numbers(beta1, beta2, 0.0, 0.0, as_number(counts["step"] == 0), rate, share(counts["step"] + 1.0, self.power))
 
     def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
         letters = {"g": piece.g, "s": piece.state["way"], "m": piece.state.get("momentum")}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elra_hf import Adam, C2Min, Momentum, P2Min, Tracking
-from elra_hf.directions import Counts, Direction, Numbers
+from elra_hf.directions import Direction
 from elra_hf.pieces import Scalar
 from elra_hf.rules import Decision, Dots, Memory, Rule
 from elra_hf.variants import ADAM_FIRST
@@ -85,20 +85,16 @@ class EvenAdam(Adam):
         return total, 1.0 / total
 
 
-class LateAdam(Adam):
-    """The average weighs the iterate x_t with t."""
+class MeanAdam(Adam):
+    """All iterates weigh alike in the average."""
 
-    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
-        """What a pass multiplies with."""
-        return super().numbers(group, counts, rate)._replace(share=2.0 / (counts["step"] + 3.0))
+    power: ClassVar[int] = 0
 
 
 class LateMomentum(Momentum):
-    """The same along momentum."""
+    """The average weighs the k-th iterate with k."""
 
-    def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
-        """What a pass multiplies with."""
-        return super().numbers(group, counts, rate)._replace(share=2.0 / (counts["step"] + 3.0))
+    power: ClassVar[int] = 1
 
 
 class Careless(Momentum):
@@ -131,7 +127,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "listens in a decay": (Adam(), Altered(TRACKING, restless)),
         "starts at 1e-5": (Adam(), replace(TRACKING, first=None)),
         "gradients count alike": (EvenAdam(), TRACKING),
-        "average weighted by t": (LateAdam(), TRACKING),
+        "plain mean of the iterates": (MeanAdam(), TRACKING),
     },
     "elra_c2min": {
         AS_IT_IS: (Momentum(), C2MIN),
@@ -143,7 +139,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no vote of momentum": (Momentum(), Altered(C2MIN, blind)),
         "listens in a decay": (Momentum(), Altered(C2MIN, restless)),
         "follows exploded gradients": (Careless(), C2MIN),
-        "average weighted by t": (LateMomentum(), C2MIN),
+        "later iterates weigh more": (LateMomentum(), C2MIN),
     },
     "elra_p2min": {
         AS_IT_IS: (Momentum(), P2MIN),
@@ -154,7 +150,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "first × 2": (Momentum(), Altered(P2MIN, first=2.0)),
         "no vote of momentum": (Momentum(), Altered(P2MIN, blind)),
         "follows exploded gradients": (Careless(), P2MIN),
-        "average weighted by t": (LateMomentum(), P2MIN),
+        "later iterates weigh more": (LateMomentum(), P2MIN),
     },
 }
 IMAGES = ("digits-mlp", "digits-cnn", "mnist-mlp", "mnist-cnn")

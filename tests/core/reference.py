@@ -32,11 +32,6 @@ def heading(c: float, along: float) -> float:
     return c if c >= 0 else (1 - u - u * u) * c
 
 
-def average(iterates: list[np.ndarray]) -> np.ndarray:
-    """The k-th weighs k."""
-    return np.average(iterates, axis=0, weights=np.arange(1, len(iterates) + 1))
-
-
 def weight_of(shares: list[float]) -> float:
     """How much the last of the steps, whose shares of the full rate these are, says."""
     return max(2 * shares[-1] / max(shares) - 1, 0) * shares[-1] if shares and max(shares) else 0.0
@@ -88,17 +83,17 @@ def average_method(factor, first: float, gradient: Gradient, x0, steps: int, bet
         if alpha is None:
             alpha = clamp(first * np.linalg.norm(x) / size)
         moving = bool(shares) and shares[-1] > 0
-        overshot = g @ (average(iterates) - x) < 0
+        overshot = g @ (np.mean(iterates, axis=0) - x) < 0
         if moving and (
             size > 10.0 * longest or (overshot and (size > 5.0 * longest or min(size, 3.0 * lasting) > 10.0 * calm))
         ):
-            x = average(iterates)
+            x = np.mean(iterates, axis=0)
             alpha = clamp(alpha * min(1 / 3, longest / size))
             iterates, m = [x.copy()], None
             shares.append(0.0)
         else:
             if shares:
-                way = average(iterates) - x
+                way = np.mean(iterates, axis=0) - x
                 w = weight_of(shares)
                 along = cosine(g, m) if m is not None and beta2 else 0.0
                 alpha = clamp(alpha * factor(heading(cosine(g, way), along), clock, w))
@@ -164,7 +159,7 @@ def adamw(
         if shares:
             seen = v + rate / (beta2 * total + rate) * (g * g - v)
             root = np.sqrt(np.sqrt(seen) + eps)  # cosines in the metric are those of g / root and way · root
-            way = average(iterates) - x
+            way = np.average(iterates, axis=0, weights=np.arange(1, t + 1)) - x
             signal = heading(cosine(g / root, way * root), cosine(g / root, m / root))
             w = weight_of(shares)
             alpha = clamp(alpha * np.exp(max(0.03, 10 / (10 + clock)) * w * signal), 1e-8, 1e6)

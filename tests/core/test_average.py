@@ -64,7 +64,7 @@ def test_it_is_the_average_of_all_iterates_and_the_iterate_comes_back(cls, scope
     optimizer = cls(net.parameters(), weight_decay=0.1, scope=scope)
     train(net, optimizer, 30, seen=seen)
     assert float(optimizer.param_groups[0]["restarts"]) == 0
-    means = [average(each) for each in zip(*seen, strict=True)]
+    means = [average(each, cls) for each in zip(*seen, strict=True)]
     with elra_hf.averaged(optimizer):
         for p, mean in zip(net.parameters(), means, strict=True):
             torch.testing.assert_close(p.detach(), mean, rtol=1e-9, atol=1e-12)

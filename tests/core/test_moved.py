@@ -64,7 +64,7 @@ def test_the_average_is_that_of_where_they_stood(cls, constrain, scope):
         mean = flat(model)
     assert torch.equal(flat(model), before)
     # of the first steps, which are short, it is not seen how far a constraint took them back
-    torch.testing.assert_close(mean, average(iterates), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mean, average(iterates, cls), rtol=1e-3, atol=1e-3)
 
 
 class Lookahead:
@@ -88,7 +88,7 @@ def test_the_average_under_lookahead(cls, scope):
     model = net(dtype=torch.float64)
     optimizer = cls(model.parameters(), scope=scope)
     _, iterates = run(model, optimizer, Lookahead(model), range(200))
-    mean = average(iterates)
+    mean = average(iterates, cls)
     with elra_hf.averaged(optimizer):
         # two moves were not seen, those of the first ten steps
         assert (flat(model) - mean).norm() < 0.05 * (iterates[-1] - mean).norm()

@@ -42,7 +42,7 @@ def look(name: str, variant: str) -> dict[str, Any]:
     for step in range(STEPS):
         advance(wrapped, optimizer, setup, range(step, step + 1))
         seen.append(whole(wrapped))
-    mean = {key: average([each[key] for each in seen]) for key in seen[0]}
+    mean = {key: average([each[key] for each in seen], variant) for key in seen[0]}
     x, _ = batch(99, Net)
 
     def output() -> Tensor:

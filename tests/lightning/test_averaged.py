@@ -39,7 +39,7 @@ def test_validations_and_the_end_are_of_the_average(name):
     trainer(max_epochs=2).fit(plain, loader(), loader())
     assert all(torch.equal(a, b) for a, b in zip(module.iterates, plain.iterates, strict=True))
     for validated, steps in zip(module.validated, (0, STEPS, 2 * STEPS), strict=True):
-        torch.testing.assert_close(validated, average(module.iterates[: steps + 1]).float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(validated, average(module.iterates[: steps + 1], name).float(), rtol=1e-4, atol=1e-6)
     assert torch.equal(flat(module), module.validated[-1])
     assert not torch.equal(flat(plain), flat(module))
 

@@ -58,7 +58,7 @@ def test_evaluations_and_the_end_are_of_the_average(optim, tmp_path):
     assert list(trainer.evaluated) == [3, 6, 9, 12]
     for step in (3, 6, 9):
         for name, value in trainer.evaluated[step].items():
-            mean = average([each[name] for each in trainer.iterates[: step + 1]])
+            mean = average([each[name] for each in trainer.iterates[: step + 1]], optim)
             torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
     assert equal(weights(trainer.model), trainer.evaluated[12])
     assert not equal(weights(trainer.model), weights(plain.model))
