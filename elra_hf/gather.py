@@ -11,7 +11,7 @@ from torch import Tensor
 from . import kernels
 from .checkpoints import Checkpoints
 from .groups import is_wide
-from .pieces import PLAIN_TENSORS, Bucket
+from .pieces import PLAIN_TENSORS, Bucket, is_negated
 from .reduce import Groups as Ranks
 from .reduce import gradient, groups_of, is_bare, local
 
@@ -20,6 +20,14 @@ def real(tensor: Tensor) -> Tensor:
     """The local part of ``tensor``, complex numbers as pairs of real ones; shares its memory."""
     tensor = local(tensor)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def slope(p: Tensor) -> Tensor:
+    """The local part of the gradient of ``p``, its numbers as they are, since kernels look past what torch only notes of them.
+
+    Autograd leaves the conjugate of complex numbers, and the negative of their imaginary parts, as a note beside the memory.
+    """
+    return local(gradient(p)).resolve_conj().resolve_neg()
 
 
 Order = list[int] | None
@@ -86,10 +94,10 @@ class Gatherer(Checkpoints):
             for p, (bucket, order) in zip(having, plan.targets, strict=True):
                 state = self.state[p]
                 if type(p) in PLAIN_TENSORS and order is None:
-                    bucket.add(p, gradient(p), state)
+                    bucket.add(p, gradient(p).resolve_neg(), state)
                 else:
                     tensors = {name: lying(state[name], order) for name in bucket.state}
-                    bucket.add(lying(p, order), lying(gradient(p), order), tensors)
+                    bucket.add(lying(p, order), lying(slope(p), order), tensors)
             return plan.buckets
         idle = [group["elra_idle"] for group in self.param_groups]
         buckets, targets = self._sort(ranks)
@@ -146,10 +154,10 @@ class Gatherer(Checkpoints):
                 if not state:
                     self._give_birth(p, group, newborn, self._peers(index, member, p))
                 self._raise_state(p, group)
-                grad = gradient(p).resolve_conj()
+                grad = slope(p)
                 order = order_of(real(p), real(grad))
                 x, tensors = lying(p, order), {name: lying(state[name], order) for name in self.direction.dtypes(p, group)}
-                chosen = kernels.choose(self.direction, x, tensors, group)
+                chosen = "plain" if is_negated(x) else kernels.choose(self.direction, x, tensors, group)
                 key = (
                     (member,)
                     if self.scope == "tensor"

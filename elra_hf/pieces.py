@@ -192,8 +192,13 @@ class Piece:
                     ranges = [torch.arange(r.start, r.stop, device=worked.device) for r in self.entries]
                     numbered = torch.cat(ranges).to(torch.int32)
                 worked = rounded(worked, seed, salt, numbered)
-            parts = worked.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
-            torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(parts, own, strict=True)])
+            split = worked.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
+            parts = [part.view(t.shape) for part, t in zip(split, own, strict=True)]
+            if any(map(is_negated, own)):  # torch copies to such in no list
+                for t, part in zip(own, parts, strict=True):
+                    t.copy_(part)
+            else:
+                torch._foreach_copy_(own, parts)
 
 
 # Of the noise that rounds: the same on all ranks, in a run that is resumed, and in every kernel. Source: Fibonacci hashing, and
@@ -230,6 +235,11 @@ def rounded(x: Tensor, seed: Tensor, salt: int, entries: Tensor | None = None) -
     # the digits that bfloat16 lacks; none where x is not finite or would not stay so. A comparison takes the CPU ten passes
     low = (bits & 0x7FFFFFFF).sub_(INFINITE).add_(chance).bitwise_right_shift_(31).bitwise_and_(0xFFFF)
     return chance.bitwise_and_(low).add_(bits).bitwise_and_(low.bitwise_not_()).view(torch.float32).to(torch.bfloat16)
+
+
+def is_negated(x: Tensor) -> bool:
+    """Whether ``x`` is the negative of what lies in memory, of which torch only takes a note; it cannot trace the question."""
+    return not torch.compiler.is_compiling() and x.is_neg()
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -250,6 +250,38 @@ def test_a_gradient_that_is_a_conjugate(cls):
 
 
 @every
+@pytest.mark.parametrize("n", [1, 3, 5000])
+@pytest.mark.parametrize("moved", ["gradient", "parameter", "imaginary part"])
+def test_what_torch_only_notes_to_be_negated(cls, n, moved):
+    """As autograd leaves the gradient of a lone imaginary part behind z.conj(). Kernels read what lies in memory."""
+    x = torch.randn(n)
+    y = {"parameter": torch._neg_view(-x), "imaginary part": torch.complex(x, -x).conj().imag}.get(moved, x.clone())
+    p, q = nn.Parameter(x), nn.Parameter(y)
+    assert q.is_neg() == (moved != "gradient")
+    one, two = cls([p]), cls([q])
+    for _ in range(5):
+        p.grad = torch.randn(n)
+        q.grad = torch._neg_view(-p.grad) if moved == "gradient" else p.grad.clone()
+        one.step()
+        two.step()
+    assert_close(p, q.resolve_neg())
+
+
+@every
+def test_an_imaginary_part_behind_a_conjugate(cls):
+    """The smallest such run: it went uphill."""
+    b = nn.Parameter(torch.tensor(1.0))
+    optimizer = cls([b])
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = (torch.complex(torch.tensor(0.5), b).conj() * (1.0 - 2.0j)).imag.square()
+        loss.backward()
+        assert b.grad.is_neg()
+        optimizer.step()
+    assert loss < 1.0  # of 4 at the start
+
+
+@every
 @inputs
 def test_nothing_moves_without_a_gradient(cls, options):
     params = [torch.randn(2, 3) for _ in range(2)]
