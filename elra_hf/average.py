@@ -109,7 +109,7 @@ def keeper(optimizer: Any) -> Elra:
     """
     inner = unwrap(optimizer)
     params = [(p, group) for group in inner.param_groups for p in group["params"]]
-    if not all("way" in inner.direction.dtypes(p, group) for p, group in params):
+    if not all("way" in inner.direction.dtypes(p, group) for p, group in params if p.requires_grad):  # not of frozen float8
         raise ValueError(
             f"averaged: {type(inner).__name__} with direction={inner.direction!r} keeps no average of the iterates: take "
             "ElraAdamW, or leave out horizon=inf"

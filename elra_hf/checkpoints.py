@@ -173,6 +173,8 @@ class Checkpoints(Groups):
         for given, group in pairs:
             for i, p in zip(given["params"], group["params"], strict=True):
                 state = state_dict["state"].get(i, {}) if type(p) in PLAIN_TENSORS else {}
+                if not state:
+                    continue
                 for shape in (state[name].shape for name in self.direction.dtypes(p, group) if name in state):
                     if shape != p.shape:
                         raise ValueError(

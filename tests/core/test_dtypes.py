@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from elra_hf import averaged
 from elra_hf.pieces import noise, rounded
 
 from .problems import VARIANTS, batch, flat, loss_of, net, same, snapshot, train
@@ -310,3 +311,18 @@ def test_what_is_not_finite_stays_so():
     assert torch.equal(found[:2], x[:2].bfloat16())
     assert found[2].isnan()
     assert found[3:].tolist() == [x[3].bfloat16().item() if x[3].bfloat16().isfinite() else torch.inf, 0.0, 0.0]
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.float8_e5m2], ids=str)
+def test_frozen_weights_of_a_dtype_that_nobody_trains_in(cls, dtype):
+    """As a quantised base has them beside its adapters. torch promotes no float8."""
+    model, frozen = net(), nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
+    optimizer = cls([frozen, *model.parameters()])
+    train(model, optimizer, range(5))
+    with averaged(optimizer):
+        assert torch.isfinite(flat(model)).all()
+    copied = copy.deepcopy(model)
+    resumed = cls([frozen, *copied.parameters()])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(model, optimizer, range(5, 9)) == train(copied, resumed, range(5, 9))
