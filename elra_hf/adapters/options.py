@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # what the Trainer sets, and by which of its options
@@ -21,23 +21,27 @@ BRACKETS = {"(": ")", "[": "]"}
 QUOTES = "\"'"
 
 
-def parse_options(text: str | None, cls: Callable[..., Any]) -> dict[str, Any]:
-    """Return the keyword arguments that ``text`` sets, in the types of ``cls.__init__``.
+def parse_options(given: str | Mapping[str, Any] | None, cls: Callable[..., Any]) -> dict[str, Any]:
+    """Return the keyword arguments that ``given`` sets, in the types of ``cls.__init__``.
 
     Numbers may be written as ``3``, ``0.5``, ``1e-6``, ``1/3``, ``inf`` or ``math.inf``; true, false and none in any case;
     tuples in parentheses or brackets, also one in the other; strings with or without quotes; spaces anywhere between these.
 
     Args:
-        text: comma-separated ``key=value`` pairs; commas inside brackets and quotes belong to the value.
+        given: comma-separated ``key=value`` pairs; commas inside brackets and quotes belong to the value. Or a mapping, as a
+            configuration in YAML or JSON holds it.
         cls: an optimizer class with an annotated constructor.
 
     Raises:
         ValueError: an unknown key, one given twice, or a value of the wrong type. Names key and value, and what to give.
     """
+    if not isinstance(given, str | Mapping | None):
+        raise ValueError(f"optim_args={given!r} is invalid: give a text of key=value pairs, or a mapping")
+    text = ",".join(f"{key}={value}" for key, value in given.items()) if isinstance(given, Mapping) else given or ""
     hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     valid = [name for name in inspect.signature(cls).parameters if name not in ELSEWHERE]
     options: dict[str, Any] = {}
-    for pair in _split(text or "", text or ""):
+    for pair in _split(text, text):
         key, sign, raw = (part.strip() for part in pair.partition("="))
         if key in ELSEWHERE:
             raise ValueError(f"optim_args: {pair!r} is set by {ELSEWHERE[key]}, not in --optim_args: leave it out there")

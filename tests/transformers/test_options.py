@@ -168,5 +168,26 @@ def test_nothing_is_no_option():
     assert parse_options(None, ElraC2Min) == parse_options(" , ", ElraC2Min) == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {}),
+        ({"scope": "group", "gain": 0.4}, {"scope": "group", "gain": 0.4}),
+        ({"betas": [0.9, 0.99], "check_sync": True}, {"betas": (0.9, 0.99), "check_sync": True}),
+        ({"horizon": float("inf"), "gain": "(1/4, 0.5)"}, {"horizon": float("inf"), "gain": (0.25, 0.5)}),
+        ({"horizon": "1e3"}, {"horizon": 1000.0}),  # which YAML reads as a text
+    ],
+    ids=str,
+)
+def test_a_mapping_as_yaml_and_json_hold_it(given, expected):
+    assert parse_options(given, ElraC2Min) == expected
+
+
+@pytest.mark.parametrize("given", [["scope=group"], 3, {"scopes": "group"}, {"scope": ["group"]}], ids=str)
+def test_what_is_neither_text_nor_a_right_mapping_is_refused(given):
+    with pytest.raises(ValueError, match="optim_args"):
+        parse_options(given, ElraC2Min)
+
+
 def test_a_third_is_a_third():
     assert parse_options("restart_factor=1/3", ElraC2Min) == {"restart_factor": float(Fraction(1, 3))}

@@ -247,6 +247,16 @@ def test_optim_args_reach_the_constructor_in_its_types(tmp_path):
     assert (optimizer.scope, optimizer.bounds) == ("tensor", (1e-7, 10.0))
 
 
+def test_optim_args_of_a_configuration_file(tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        f"output_dir: {tmp_path}\noptim: elra_adamw\nuse_cpu: true\noptim_args: {{scope: group, betas: [0.9, 0.99]}}"
+    )
+    (args,) = HfArgumentParser(TrainingArguments).parse_yaml_file(str(config))
+    optimizer = Trainer(bert(), args).create_optimizer()
+    assert (optimizer.scope, optimizer.param_groups[0]["betas"]) == ("group", (0.9, 0.99))
+
+
 @pytest.mark.parametrize("text", ["horizon=inf", "horizon = INF", "horizon=math.inf"])
 def test_the_papers_own_rule_is_reached_from_the_command_line(text, tmp_path):
     argv = [
