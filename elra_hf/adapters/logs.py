@@ -42,8 +42,10 @@ class ElraLogs(TrainerCallback):  # type: ignore[misc]
             seen["learning_rate"] = rate(inner)
         elif "train_runtime" in logs and (found := self._trace.found()):  # the summary at the end
             seen["elra_found_rate"] = found.rate
-        for entry in (logs, state.log_history[-1]):
-            entry.update(seen)
+        logs.update(seen)
+        for kept in state.log_history[-1:]:
+            if logs.keys() - seen.keys() <= kept.keys():  # a subclass may not keep its logs
+                kept.update(seen)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say what was found."""

@@ -170,6 +170,22 @@ def test_a_groups_own_keys_are_not_taken_for_ours(tmp_path):
     assert group["alpha"] == "encoder"
 
 
+def test_a_log_that_a_subclass_does_not_keep_is_shown_all_the_same(tmp_path):
+    """It calls the callbacks itself; the history has no such entry, or another's."""
+    seen = []
+
+    class Mine(Trainer):
+        def log(self, entry, *args):
+            self.callback_handler.on_log(self.args, self.state, self.control, entry)
+            seen.append(entry)
+
+    trainer = Mine(bert(), arguments(tmp_path, max_steps=3), train_dataset=Rows())
+    trainer.state.log_history.append({"kept": 1})
+    trainer.train()
+    assert [("elra_alpha" in entry, "loss" in entry) for entry in seen] == 3 * [(True, True)] + [(False, False)]
+    assert all("elra_alpha" not in entry for entry in trainer.state.log_history)
+
+
 def test_other_optimizers_logs_are_left_alone(tmp_path):
     trainer = run(tmp_path, "adamw_torch", max_steps=3)
     assert all("elra_alpha" not in entry for entry in trainer.state.log_history)
