@@ -271,13 +271,14 @@ class RateFinder(Callback):  # type: ignore[misc]
         trainer.print(said)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put everything back, whatever happened."""
+        """Put everything back, whatever happened; after an exception Lightning tears no callback down."""
         self._search.finish()
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Bring the others back."""
+        """Bring the others back, once: another Trainer has its own."""
         if self._callbacks:
-            trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
+            trainer.callbacks, self._callbacks = self._callbacks, []  # type: ignore[attr-defined]
 
 
 def _schedule(trainer: Trainer) -> str:

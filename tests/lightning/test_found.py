@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -197,9 +197,21 @@ def test_a_search_that_fails_leaves_no_trace():
 
     module = Failing(lambda module: optimizer_of("elra_adamw", module))
     before = flat(module).clone()
+    failed = trainer(callbacks=[RateFinder(20), ModelCheckpoint()], enable_checkpointing=True)
+    callbacks = list(failed.callbacks)
     with pytest.raises(ValueError, match="broken"):
-        trainer(callbacks=[RateFinder(20)]).fit(module, loader())
+        failed.fit(module, loader())
     assert torch.equal(flat(module), before)
+    assert failed.callbacks == callbacks  # a later run writes checkpoints
+
+
+def test_another_trainer_keeps_its_callbacks():
+    finder, module = RateFinder(3), Classifier(lambda module: optimizer_of("elra_adamw", module))
+    trainer(callbacks=[finder]).fit(module, loader())
+    other = trainer(callbacks=[finder, EarlyStopping("loss")])
+    callbacks = list(other.callbacks)
+    other.validate(module, loader(), verbose=False)
+    assert other.callbacks == callbacks
 
 
 def test_what_the_finder_cannot_search_is_refused():
