@@ -189,6 +189,13 @@ def test_a_python_that_cannot_learn_still_starts(options, tmp_path):
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
+def test_a_python_that_the_script_starts_has_nothing_to_say_of_its_start(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'print(1)'])")
+    done = launch([sys.executable, *RUN, str(script)])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
 REPLACING = """
 import copy, pickle
 import torch
