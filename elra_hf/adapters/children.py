@@ -32,5 +32,6 @@ def learn(replaced: str, steps: int) -> None:
     if steps:
         find(steps)
     os.environ["ELRA_HF_RUN"] = json.dumps({"replaced": replaced, "steps": steps})
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([STARTUP, *(path for path in paths if path not in ("", STARTUP))])
+    given = os.environ.get("PYTHONPATH")
+    paths = given.split(os.pathsep) if given else []  # an empty one among others is the current folder
+    os.environ["PYTHONPATH"] = os.pathsep.join([STARTUP, *(path for path in paths if path != STARTUP)])

@@ -196,6 +196,23 @@ def test_a_python_that_the_script_starts_has_nothing_to_say_of_its_start(tmp_pat
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
+@pytest.mark.parametrize("place", ["{}:", ":{}"])
+def test_an_empty_entry_of_the_path_is_the_current_folder_in_each_of_them(place, tmp_path):
+    """As `export PYTHONPATH=$PYTHONPATH:/somewhere` leaves it."""
+    (tmp_path / "neighbour.py").write_text("")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "script.py"
+    script.write_text(
+        "import subprocess, sys, neighbour\n"
+        "if len(sys.argv) < 3:\n"
+        "    sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[1:], 'more']).returncode)"
+    )
+    environment = os.environ | {"PYTHONPATH": place.format(ROOT).replace(":", os.pathsep)}
+    command = [sys.executable, *RUN, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 REPLACING = """
 import copy, pickle
 import torch
