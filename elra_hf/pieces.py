@@ -84,7 +84,8 @@ class Bucket:
     def sizes(self) -> Tensor:
         """How large the weights are, shape (len(`SIZES`),), in the first step; else 0.
 
-        Σ log|x| and the number of its terms, entries that are not 0; Σ log(1/√fan-in) and the number of all entries; Σ x².
+        Σ log|x| and the number of its terms, finite entries that are not 0; Σ log(1/√fan-in) and the number of all entries;
+        Σ x² of what is finite.
         """
         result = torch.zeros(len(SIZES), dtype=self.dtype, device=self.params[0].device)
         if not self.new:
@@ -93,6 +94,7 @@ class Bucket:
             small = p.numel() <= MOST_OF_SIZES
             for at in [...] if small else [at for _, at in blocks(p.shape, MOST_OF_SIZES)]:
                 x = torch.where(g[at] != 0, p[at], 0.0) if self.padded else p[at]
+                x = x.nan_to_num(0.0, 0.0, 0.0)  # what is forbidden by -inf has no size
                 used, entries = x != 0, (g[at] != 0).sum() if self.padded else x.new_full((), x.numel(), dtype=torch.int64)
                 logs = torch.where(used, x.abs().to(self.dtype), 1.0).log().sum()
                 fans = -0.5 * math.log(fan) * entries.to(self.dtype)  # a whole number would become one of the default dtype

@@ -9,7 +9,7 @@ from torch import nn
 
 from elra_hf import rate
 
-from .problems import VARIANTS, flat, net, train
+from .problems import VARIANTS, flat, loss_of, net, train
 
 every = pytest.mark.parametrize("cls", VARIANTS.values(), ids=VARIANTS)
 scopes = pytest.mark.parametrize("scope", ["global", "group", "tensor"])
@@ -44,6 +44,25 @@ def test_a_factor_at_zero_does_not_tie_the_rate_to_lr(cls, scope, groups):
     assert runs[0] == pytest.approx(runs[2], rel=1e-3)
     assert runs[1] == pytest.approx(runs[2], rel=1e-3)
     assert runs[0][0] < 0.5 * adapters(cls, scope, 1e-5, groups)[0][0]
+
+
+@every
+@scopes
+def test_what_is_forbidden_by_infinity_does_not_tie_the_rate_to_lr(cls, scope):
+    """As transitions in a CRF. Such a weight has a gradient of 0, and no size. In float64, for which there are no kernels."""
+    losses = []
+    for lr in (1e-8, 1e-2):
+        model = net(dtype=torch.float64)
+        logits = nn.Parameter(torch.tensor([1.0, -math.inf, -1.0, -math.inf], dtype=torch.float64))
+        optimizer = cls([*model.parameters(), logits], lr=lr, scope=scope)
+        for step in range(40):
+            optimizer.zero_grad()
+            loss = loss_of(model, step) + (logits.softmax(0) @ torch.arange(4.0, dtype=torch.float64)).square()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+        assert logits.isinf().tolist() == [False, True, False, True]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @every
