@@ -209,7 +209,8 @@ class Gatherer(Checkpoints):
                 f"step() sees {len(params)} of {len(self.state)} parameters: DeepSpeed ZeRO steps each parameter group by "
                 "itself, and ZeRO-3 pieces of sub_group_size numbers, so that they cannot share a rate. Give the optimizer one "
                 'parameter group, or scope="group" for a rate each; with ZeRO-3 also '
-                "process_group=elra_hf.adapters.deepspeed.sharding_group(model, config), which checks sub_group_size"
+                "process_group=elra_hf.adapters.deepspeed.sharding_group(model, config), which checks sub_group_size. "
+                "If you have taken parameters out of the optimizer yourself, del optimizer.state[parameter] of each"
             )
 
     def _cell(self, group: int, member: int) -> int:

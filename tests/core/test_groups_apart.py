@@ -71,6 +71,23 @@ def test_one_rate_for_groups_that_never_meet_is_refused(one):
         one(optimizer, 1)
 
 
+def test_what_is_taken_out_for_good_is_let_go_with_its_state():
+    """Of leaves that are no nn.Parameter, as in a fit of a few numbers."""
+    params, grads = slices(2)
+    optimizer = ElraC2Min([{"params": [p]} for p in params])
+    for row in grads[:3]:
+        for p, grad in zip(params, row, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+    (out,) = optimizer.param_groups.pop()["params"]
+    with pytest.raises(RuntimeError, match=r"del optimizer\.state\[parameter\]"):
+        optimizer.step()
+    del optimizer.state[out]
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert [torch.equal(p, old) for p, old in zip(params, before, strict=True)] == [False, True]
+
+
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 def test_a_group_without_parameters_stays_as_it_is(scope):
     p = torch.nn.Parameter(torch.ones(3))
