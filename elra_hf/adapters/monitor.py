@@ -100,9 +100,10 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                 self._unseen.add(index)
 
     def _look(self, index: int, optimizer: Any) -> None:
+        trace = self._traces.setdefault(index, Trace())  # a module may take an optimizer of ours in mid-run
         if index in self._unseen:
             self._unseen.discard(index)
-            self._traces[index].add(unwrap(optimizer))
+            trace.add(unwrap(optimizer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -205,6 +205,22 @@ def test_a_search_that_fails_leaves_no_trace():
     assert failed.callbacks == callbacks  # a later run writes checkpoints
 
 
+def test_an_optimizer_of_ours_may_come_in_mid_run(tmp_path):
+    class Switching(Classifier):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.strategy.optimizers = [ElraAdamW(self.parameters())]
+
+    monitor = ElraMonitor()
+    module = Switching(lambda module: torch.optim.SGD(module.parameters(), lr=0.1))
+    run = trainer(callbacks=[monitor], max_epochs=2, logger=CSVLogger(tmp_path))
+    run.fit(module, loader())
+    assert [found.steps for found in monitor.found] == [STEPS]
+    with open(f"{run.logger.log_dir}/metrics.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["elra/rate"]]
+    assert steps == list(range(STEPS, 2 * STEPS))
+
+
 def test_another_trainer_keeps_its_callbacks():
     finder, module = RateFinder(3), Classifier(lambda module: optimizer_of("elra_adamw", module))
     trainer(callbacks=[finder]).fit(module, loader())
