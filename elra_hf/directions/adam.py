@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import is_number
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, check_betas, gradient, share
+from .base import Counts, Move, Numbers, check_betas, decaying, gradient, share
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Adam:
             way.mul_(1.0 - move.back)
             m.mul_(1.0 - move.back)
         if move.decay is not None:
-            add_scaled(way, p, move.decay)
-            add_scaled(p, p, -move.decay)
+            for y, sign in ((way, 1.0), (p, -1.0)):
+                add_scaled(y, decaying(p), sign * move.decay)
         m.lerp_(g, (1.0 - c.beta1) * move.taken)
         fresh = c.fresh * move.taken
         v.mul_(1.0 - fresh)

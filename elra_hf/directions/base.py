@@ -117,6 +117,11 @@ def gradient(piece: Piece, move: Move) -> Tensor:
     return torch.where(move.taken > 0, piece.g, 0.0)
 
 
+def decaying(p: Tensor) -> Tensor:
+    """What a weight decay takes a share of: ``p``, without what is forbidden by -inf, which stays."""
+    return torch.where(p.isinf(), 0.0, p)
+
+
 def share(step: Scalar, power: int) -> Scalar:
     """The share of x_{t+1} in the average of x_1, …, x_{t+1}, ``step`` = t: 1 / (t + 1), or where x_k weighs k 2 / (t + 2)."""
     result: Scalar = (1.0 + power) / (step + 1.0 + power)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, gradient, share
+from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, decaying, gradient, share
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Momentum(QuasiHyperbolic):
             add_scaled(p, way, move.back)
             way.mul_(1.0 - move.back)
         if move.decay is not None:
-            add_scaled(way, p, move.decay)
-            add_scaled(p, p, -move.decay)
+            for y, sign in ((way, 1.0), (p, -1.0)):
+                add_scaled(y, decaying(p), sign * move.decay)
         d = g
         if m is not None:
             if not isinstance(c.first, float) or c.first:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, gradient
+from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, decaying, gradient
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SuccessiveGradients(QuasiHyperbolic):
             if m is not None:
                 add_scaled(p, m, move.back * move.last * b)
         if move.decay is not None:
-            add_scaled(p, p, -move.decay)
+            add_scaled(p, decaying(p), -move.decay)
         now = beta2 * as_number(counts["step"] > 0)  # β2, or 0 in the first step
         if m is not None:
             # M += w (G_{t-1} - M): w = 1 makes M_2 = G_1, and 0 leaves M where nothing is taken or all is stale

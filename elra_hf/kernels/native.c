@@ -3,6 +3,7 @@
    Tensors are cut into pieces of `PIECE` entries, counted through all of them. `run` works on the pieces [begin, end), so that
    threads can share the work, and sums do not depend on how many there are: in float over `BLOCK` entries, in double beyond.
    All arithmetic is in float; what is in bfloat16 is copied to and fro, block by block. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -110,6 +111,9 @@ static void adam_measure(int64_t n, float *restrict p, const float *restrict g, 
     sums[0] += gg, sums[1] += c->sign * gm, sums[2] += c->sign * gs, sums[3] += mm, sums[4] += ss;
 }
 
+// What a decay takes; nothing of what is forbidden by -inf, of which 0 * p is no number.
+static inline float decayed(float decay, float p) { return fabsf(p) <= FLT_MAX ? decay * p : 0; }
+
 static void adam_update(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,
                         float *restrict v, const Numbers *c, double *restrict sums) {
     const float sign = c->sign, new = 1 - c->beta1, fresh = c->fresh, eps = c->eps;
@@ -118,7 +122,7 @@ static void adam_update(int64_t n, float *restrict p, const float *restrict g, f
     for (int64_t i = 0; i < n; i++) {
         m[i] += new * (sign * g[i] - m[i]);
         v[i] = v[i] * (1 - fresh) + fresh * g[i] * g[i];
-        const float lost = decay * p[i] + rate * m[i] / (sqrtf(v[i]) + eps);
+        const float lost = decayed(decay, p[i]) + rate * m[i] / (sqrtf(v[i]) + eps);
         p[i] -= lost;
         way[i] = (way[i] + lost) * keep;
     }
@@ -152,7 +156,7 @@ static void momentum_update(int64_t n, float *restrict p, const float *restrict 
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
             const float past = m[i] + first * (sign * g[i] - m[i]);
-            const float lost = decay * p[i] + old * past + now * g[i];
+            const float lost = decayed(decay, p[i]) + old * past + now * g[i];
             m[i] = past + new * (sign * g[i] - past);
             p[i] -= lost;
             way[i] = (way[i] + lost) * keep;
@@ -160,7 +164,7 @@ static void momentum_update(int64_t n, float *restrict p, const float *restrict 
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
-            const float lost = decay * p[i] + now * g[i];
+            const float lost = decayed(decay, p[i]) + now * g[i];
             p[i] -= lost;
             way[i] = (way[i] + lost) * keep;
         }

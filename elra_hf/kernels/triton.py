@@ -173,7 +173,7 @@ def _update_chunk(
         way = tl.load(way_at + i, inside, 0.0).to(tl.float32)
         p += back * (reach if adam else 1.0) * way
         way *= 1.0 - back
-        lost = decay * p
+        lost = tl.where(tl.abs(p) < float("inf"), decay * p, 0.0)
         if adam:
             m = tl.load(m_at + i, inside, 0.0).to(tl.float32) * (1.0 - back)
             m += (1.0 - beta1) * taken * (g - m)

@@ -48,16 +48,18 @@ def test_a_factor_at_zero_does_not_tie_the_rate_to_lr(cls, scope, groups):
 
 @every
 @scopes
-def test_what_is_forbidden_by_infinity_does_not_tie_the_rate_to_lr(cls, scope):
-    """As transitions in a CRF. Such a weight has a gradient of 0, and no size. In float64, for which there are no kernels."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernels, and by plain torch
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_is_forbidden_by_infinity_stays_so_and_does_not_tie_the_rate_to_lr(cls, scope, dtype, weight_decay):
+    """As transitions in a CRF. Such a weight has a gradient of 0, and no size."""
     losses = []
     for lr in (1e-8, 1e-2):
-        model = net(dtype=torch.float64)
-        logits = nn.Parameter(torch.tensor([1.0, -math.inf, -1.0, -math.inf], dtype=torch.float64))
-        optimizer = cls([*model.parameters(), logits], lr=lr, scope=scope)
+        model = net(dtype=dtype)
+        logits = nn.Parameter(torch.tensor([1.0, -math.inf, -1.0, -math.inf], dtype=dtype))
+        optimizer = cls([*model.parameters(), logits], lr=lr, scope=scope, weight_decay=weight_decay)
         for step in range(40):
             optimizer.zero_grad()
-            loss = loss_of(model, step) + (logits.softmax(0) @ torch.arange(4.0, dtype=torch.float64)).square()
+            loss = loss_of(model, step) + (logits.softmax(0) @ torch.arange(4.0, dtype=dtype)).square()
             loss.backward()
             optimizer.step()
         losses.append(loss.item())
