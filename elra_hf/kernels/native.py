@@ -67,7 +67,12 @@ def library() -> ctypes.CDLL | None:
 
 def _compiler() -> list[str]:
     """The command of the C compiler, which CC may name with arguments; empty where there is none."""
-    for command in (shlex.split(os.environ.get("CC", "")), *([name] for name in COMPILERS)):
+    try:
+        given = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:  # a quote that is not closed
+        log.debug("elra_hf: CC is passed over: %s", error)
+        given = []
+    for command in (given, *([name] for name in COMPILERS)):
         found = shutil.which(command[0]) if command else None
         if found:
             return [found, *command[1:]]
