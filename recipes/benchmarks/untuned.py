@@ -60,6 +60,7 @@ OTHERS = {
     ("nadamw", "warmup-cosine"): "NadamW at AlgoPerf's point",
     ("prodigy-safeguard", "constant"): "Prodigy with `safeguard_warmup`, constant",
 }
+COLORS = ("tab:blue", "tab:orange", "tab:red", "tab:green")
 FILES = ("quick", "full", "language", "more-seeds")
 
 Rows = dict[tuple[str, ...], list[Row]]
@@ -70,16 +71,21 @@ def last(row: Row) -> float:
     return float(row["test_loss"])
 
 
+def average(row: Row) -> float:
+    """Test loss of the average of the iterates."""
+    return float(row["averaged_test_loss"])
+
+
 def picked(row: Row) -> float:
     """Test loss of the last iterate, or of the average of the iterates if its validation loss is lower."""
-    average = float(row["averaged_validation_loss"]) < float(row["validation_loss"])
-    return float(row["averaged_test_loss" if average else "test_loss"])
+    return average(row) if float(row["averaged_validation_loss"]) < float(row["validation_loss"]) else last(row)
 
 
 # the columns of ours: schedule, and what is taken at the end
 COLUMNS: dict[str, tuple[str, Callable[[Row], float]]] = {
     "linear": ("linear", last),
     "constant": ("constant", last),
+    "constant, average": ("constant", average),
     "constant, picked": ("constant", picked),
 }
 
@@ -149,10 +155,10 @@ def means(optimizer: str = "elra_adamw") -> list[tuple[str, ...]]:
 def draw(path: Path) -> None:
     """One line a task, one mark a column, with the standard deviation over seeds."""
     tasks = COMPARED["elra_adamw"][1]
-    figure = Figure(figsize=(8, 1 + 0.28 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.34 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for y, of in enumerate(reversed(quotients().values())):
-        for column, color, shift in zip(COLUMNS, ("tab:blue", "tab:orange", "tab:green"), (0.22, 0.0, -0.22), strict=True):
+        for column, color, shift in zip(COLUMNS, COLORS, (0.27, 0.09, -0.09, -0.27), strict=True):
             middle, spread = of[column]
             label = column if y == 0 else None
             axes.errorbar(middle, y + shift, xerr=spread, fmt="o", color=color, markersize=4, capsize=2, label=label)
