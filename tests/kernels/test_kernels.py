@@ -181,7 +181,7 @@ def test_kernels_are_built_by_any_compiler(arguments, tmp_path, monkeypatch):
         native.library.cache_clear()
 
 
-@pytest.mark.parametrize("given", ["", "nowhere-to-be-found -O2", "gcc \"-DX"])
+@pytest.mark.parametrize("given", ["", "nowhere-to-be-found -O2", 'gcc "-DX'])
 def test_a_compiler_that_is_not_there_is_passed_over(given, monkeypatch):
     monkeypatch.setenv("CC", given)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name == "clang" else None)
