@@ -170,6 +170,20 @@ def test_which_optimizer():
     assert len(untuned.EUCLIDEAN) == 8
 
 
+def test_the_average_of_a_constant_schedule():
+    of = untuned.quotients()
+    language = [task for task in of if task.startswith(("gpt-", "python-", "shakespeare-"))]
+    texts = [task for task in of if task.startswith(("bert-", "minilm"))]
+    behind = [max(100 * of[task][column][0] - 100 for task in texts) for column in ("constant", "constant, average")]
+    page = (ROOT / "docs/choose.md").read_text().replace("\n", " ")
+    assert "up to {:.0f} % behind tuned AdamW, where the average is at most {:.0f} % behind".format(*behind) in page
+    lags = [100 * of[task]["constant, average"][0] / of[task]["constant"][0] - 100 for task in language]
+    page = (ROOT / "docs/find-a-rate.md").read_text().replace("\n", " ")
+    assert f"it lags behind by {min(lags):.0f} to {max(lags):.0f} %" in page
+    others = max(of[task]["constant, average"][0] for task in of if task not in language)
+    assert "within 10 % or ahead" in page and 1.05 < others < 1.1
+
+
 def test_regret():
     measured = regret("quick")
     shown = [cells for cells in table_rows(EVIDENCE, "[a-z].+") if len(cells) == 3 and cells[0] in measured]

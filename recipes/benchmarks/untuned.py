@@ -32,10 +32,12 @@ TASKS = {
 MORE = {
     "python-2x64": "GPT of 2 layers, characters of Python",
     "shakespeare-2x64": "the same, of Shakespeare",
+    "shakespeare-4x128": "GPT of 4 layers, characters of Shakespeare",
     "bert-questions": "tiny BERT from scratch, questions",
     "bert-movies": "tiny BERT from scratch, movie sentences",
     "minilm4-questions": "MiniLM, upper layers and head, questions",
     "minilm4-movies": "the same, movie sentences",
+    "minilm-questions": "MiniLM, all layers and head, questions",
     "minilm-lora-questions": "MiniLM, LoRA and head, questions",
     "fashion-cnn": "CNN on Fashion-MNIST",
     "mnist-paper": "the paper's net on MNIST",
