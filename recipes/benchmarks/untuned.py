@@ -38,6 +38,7 @@ MORE = {
     "minilm4-questions": "MiniLM, upper layers and head, questions",
     "minilm4-movies": "the same, movie sentences",
     "minilm-questions": "MiniLM, all layers and head, questions",
+    "minilm-movies": "the same, movie sentences",
     "minilm-lora-questions": "MiniLM, LoRA and head, questions",
     "fashion-cnn": "CNN on Fashion-MNIST",
     "mnist-paper": "the paper's net on MNIST",
