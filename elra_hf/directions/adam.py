@@ -105,8 +105,9 @@ class Adam:
             way.mul_(1.0 - move.back)
             m.mul_(1.0 - move.back)
         if move.decay is not None:
-            for y, sign in ((way, 1.0), (p, -1.0)):
-                add_scaled(y, decaying(p), sign * move.decay)
+            decayed = decaying(p)
+            add_scaled(way, decayed, move.decay)
+            add_scaled(p, decayed, -move.decay)
         m.lerp_(g, (1.0 - c.beta1) * move.taken)
         fresh = c.fresh * move.taken
         v.mul_(1.0 - fresh)

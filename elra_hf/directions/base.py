@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -119,7 +120,7 @@ def gradient(piece: Piece, move: Move) -> Tensor:
 
 def decaying(p: Tensor) -> Tensor:
     """What a weight decay takes a share of: ``p``, without what is forbidden by -inf, which stays."""
-    return torch.where(p.isinf(), 0.0, p)
+    return p.nan_to_num(math.nan, 0.0, 0.0)
 
 
 def share(step: Scalar, power: int) -> Scalar:

@@ -44,8 +44,9 @@ class Momentum(QuasiHyperbolic):
             add_scaled(p, way, move.back)
             way.mul_(1.0 - move.back)
         if move.decay is not None:
-            for y, sign in ((way, 1.0), (p, -1.0)):
-                add_scaled(y, decaying(p), sign * move.decay)
+            decayed = decaying(p)
+            add_scaled(way, decayed, move.decay)
+            add_scaled(p, decayed, -move.decay)
         d = g
         if m is not None:
             if not isinstance(c.first, float) or c.first:

@@ -163,7 +163,7 @@ def _update_chunk(
     fresh, first = tl.load(mine) * taken, tl.load(mine + 1) * taken
     rate, share = tl.load(mine + 2), tl.load(mine + 3) * taken
     step = tl.load(mine + 11)
-    seed, reach = step.to(tl.int32), 1.0 + 2.0 / tl.maximum(step, 1.0)
+    seed, reach = step.to(tl.int32), 1.0 + 2.0 / tl.maximum(step, 1.0)  # as `Adam._reach`, of power 1
     beta1, beta2, eps, sign = tl.load(mine + 7), tl.load(mine + 8), tl.load(mine + 9), tl.load(mine + 10)
     for begin in range(0, n, BLOCK):
         i = begin + tl.arange(0, BLOCK)
