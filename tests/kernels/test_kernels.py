@@ -87,6 +87,7 @@ def test_measure(name, dtype, step, maximize, kind):
 def test_update(name, move, step, maximize, kind):
     direction = DIRECTIONS[name]
     ours = bucket(direction, kind, maximize=maximize)
+    ours.params[4][0, :2] = torch.tensor([torch.inf, -torch.inf])  # as forbidden transitions have it: they stay
     theirs = plain(ours)
     taken, back = float(move in ("taken", "decayed")), float(move == "undone")
     values = {"rate": 0.01 * taken, "decay": 0.003 * taken, "taken": taken, "back": back, "kept": taken, "last": 0.02}
