@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gather import Gatherer
 from .groups import is_wide
-from .pieces import Bucket
+from .pieces import Bucket, is_captured
 from .reduce import local
 
 
@@ -90,7 +90,7 @@ class Cells(Gatherer):
 
     def _on_device(self, pairs: list[tuple[Any, Any]], like: Tensor) -> Tensor:
         """Pairs of numbers or 0-dim tensors as a tensor of shape (pairs, 2), without waiting for its device."""
-        if any(isinstance(value, Tensor) for pair in pairs for value in pair):
+        if is_captured() or any(isinstance(value, Tensor) for pair in pairs for value in pair):
             zero = like.new_zeros(())
             return torch.stack([torch.stack([zero + full, zero + now]) for full, now in pairs])
         key = (pairs, like.device, like.dtype)

@@ -207,7 +207,7 @@ class Groups(Optimizer):
                 continue
             ratio = float(full) / (base or own)
             if isinstance(top, Tensor):
-                top = group["elra_top"] = torch.maximum(top, torch.as_tensor(lr).to(top))
+                top.copy_(torch.maximum(top, torch.as_tensor(lr).to(top)))  # in place, for a CUDA graph
                 shares.append((ratio, ratio * (lr / top)))
                 continue
             if isinstance(lr, Tensor):  # put there for a step, as by distributed checkpoints

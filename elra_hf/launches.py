@@ -14,6 +14,7 @@ from torch import Tensor
 from . import kernels
 from .cells import Verdict
 from .directions import Move
+from .hands import FOLLOWED, Hands
 from .judge import Judge
 from .pieces import SIZES, Bucket
 from .reduce import Groups as Ranks
@@ -46,6 +47,8 @@ class Launches(Judge):
     """Functions of a few numbers that the step consists of, and the step made of them in few launches."""
 
     check_sync: bool
+    _hands: Hands
+    _captured: tuple[Any, ...] = ()  # what CUDA graphs read, and would be freed after the step
     # what the step before was like, and the programs for that: None before they are written, False where that failed
     _programs: tuple[Any, Programs | Literal[False] | None] = (None, None)
 
@@ -114,6 +117,35 @@ class Launches(Judge):
         elif self._programs[1] is None:
             self._programs = key, self._write(buckets, ranks, counts) or False
         return self._programs[1] or None
+
+    def _require_repeatable(self, few: bool) -> None:
+        """Refuse to be captured where a replay would not be the step that is meant.
+
+        Args:
+            few: the step runs in few launches.
+        """
+        table = self._table
+        lrs = [group["lr"] for group in self.param_groups]
+        reason = None
+        if not few:
+            reason = (
+                "this step does not run in few launches. Take three steps like it before the capture; there are no such "
+                'launches with loss=, check_sync=True, scope="tensor", in float64 or without Triton'
+            )
+        elif any(isinstance(lr, Tensor) and table is not None and lr.device != table.device for lr in lrs):
+            reason = "lr lies on another device and would not be read again. Give lr=torch.tensor(1e-5, device='cuda')"
+        elif any("initial_lr" in group and not isinstance(group["lr"], Tensor) for group in self.param_groups):
+            reason = (
+                "a schedule writes lr as a float, which a graph would not read again. Give the optimizer "
+                "lr=torch.tensor(1e-5, device='cuda'), which torch's schedulers fill in place"
+            )
+        elif FOLLOWED in self._hands.marks.values():
+            reason = "somebody else writes to the parameters between steps, and a replay would not see that"
+        if reason is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph here: {reason}. Or capture the forward and "
+                "backward pass only, and call step() after the replay"
+            )
 
     def _write(self, buckets: list[Bucket], ranks: list[Ranks], slots: tuple[dict[str, int], ...]) -> Programs | None:
         """Trace the functions, and try the programs on numbers of no meaning."""

@@ -15,7 +15,7 @@ from .checks import check_number, is_number
 from .directions import Direction, Move
 from .hands import Hands
 from .launches import Launches
-from .pieces import SIZES, Bucket, dot
+from .pieces import SIZES, Bucket, dot, is_captured
 from .reduce import Groups as Ranks
 from .reduce import all_sum, require_same
 from .rules import Rule
@@ -137,13 +137,9 @@ class Elra(Launches):
 
         Raises:
             ValueError: ``loss`` is not one number.
-            RuntimeError: a sparse gradient, sharded parameters whose group cannot be known, or a CUDA graph is captured.
+            RuntimeError: a sparse gradient, sharded parameters whose group cannot be known, or a CUDA graph is captured that
+                would not repeat this step.
         """
-        if not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__}.step() cannot be captured in a CUDA graph, which would repeat its learning rate and "
-                "addresses: capture the forward and backward pass, and call step() after the replay"
-            )
         if loss is not None and not is_number(loss):
             shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"step: loss={shown} is invalid: give one number, as loss.mean()")
@@ -153,8 +149,9 @@ class Elra(Launches):
                 result = closure()
         params = [p for group in self.param_groups for p in group["params"]]
         # slices are written to by those who cut them
+        captured = is_captured()
         hands = None if torch.compiler.is_compiling() or self.process_group is not None else self._hands
-        if hands is not None:
+        if hands is not None and not captured:
             hands.look(params, self.state, self.direction.power)
         ranks = self._ranks(params)
         buckets = self._gather(ranks)
@@ -162,6 +159,8 @@ class Elra(Launches):
         if buckets or any(ranks) or self.check_sync or self.dealt is not None:
             groups, shares = self._enter(params, buckets)
             programs = self._fused(buckets, ranks) if loss is None else None
+            if captured:
+                self._require_repeatable(programs is not None)
             if programs is not None:
                 self._launch(programs, buckets, ranks, shares)
             else:
@@ -170,6 +169,8 @@ class Elra(Launches):
                 if not self._absent(group):
                     group["elra_calls"] = min(group["elra_calls"] + 1, 2)
         for bucket in buckets:
+            if captured:
+                self._captured += (bucket.tables.copy(),)
             bucket.clear()
         if hands is not None:
             hands.remember(params)

@@ -244,6 +244,13 @@ def is_negated(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.is_neg()
 
 
+def is_captured() -> bool:
+    """Whether a CUDA graph is recorded, which will repeat what is launched now and nothing else."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of flat or equally shaped tensors, 0-dim; in pieces where there are more than `MOST_OF_DOT` numbers."""
     if a.is_contiguous() and b.is_contiguous():

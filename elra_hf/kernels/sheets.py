@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..directions import Adam, Direction
-from ..pieces import Bucket
+from ..pieces import Bucket, is_captured
 
 CHUNK = 2**14
+SPARE: dict[tuple[int, int], Tensor] = {}  # by number of the launch and of its tensors
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -23,13 +24,13 @@ class Sheet(NamedTuple):
     Attributes:
         table: addresses, and whether all of a tensor's are multiples of 16, shape (6, tensors).
         chunks: (tensor, first entry, entries, bucket, place of its sums), shape (chunks, 5).
-        grads: copies of gradients must live as long as their addresses.
+        held: what must live as long as the table.
         options: constants of the kernels; see `triton`.
     """
 
     table: Tensor
     chunks: Tensor
-    grads: list[Tensor]
+    held: list[Tensor]
     options: dict[str, Any]
 
 
@@ -51,7 +52,7 @@ def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[She
             tuple((b, tuple(p.numel() for p in buckets[b].params)) for b, *_ in members) for members in kinds.values()
         )
         chunks, bounds = _chunks(sizes, device)
-        sheets = []
+        sheets: list[Sheet] = []
         for (dtype, grad, with_momentum, chance), members, rows in zip(kinds, kinds.values(), chunks, strict=True):
             columns: list[list[int]] = [[], [], [], [], []]
             for b, grads, momentum in members:
@@ -67,8 +68,14 @@ def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[She
                 "chance": chance,
             }
             aligned = [int(all(address % 16 == 0 for address in addresses)) for addresses in zip(*columns, strict=True)]
-            table = _uploaded(tuple(map(tuple, [*columns, aligned])), device)
-            sheets.append(Sheet(table, rows, [g for _, grads, _ in members for g in grads], options))
+            held = [g for _, grads, _ in members for g in grads]
+            host = _spare(len(sheets), len(aligned), device)
+            if is_captured():  # each replay brings the table to the device anew, from memory that nobody writes to any more
+                table = host.copy_(torch.tensor([*columns, aligned], device="cpu")).to(device, non_blocking=True)
+                held.append(SPARE.pop((len(sheets), len(aligned))))
+            else:
+                table = _uploaded(tuple(map(tuple, [*columns, aligned])), device)
+            sheets.append(Sheet(table, rows, held, options))
         kept["sheets"] = sheets, bounds
     found: tuple[list[Sheet], Tensor] = kept["sheets"]
     return found
@@ -79,6 +86,14 @@ def _uploaded(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> T
     """The table on the device; kept, since most steps find the same addresses."""
     table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+
+
+def _spare(sheet: int, tensors: int, device: torch.device) -> Tensor:
+    """Host memory for the table of a captured step; none can be had while a graph is recorded."""
+    key = sheet, tensors
+    if key not in SPARE:
+        SPARE[key] = torch.empty((6, tensors), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return SPARE[key]
 
 
 @functools.lru_cache(maxsize=16)

@@ -122,6 +122,100 @@ def test_six_launches(cls, layers, launches, monkeypatch):
     assert launches.seen == ["program", "_measure", "_total", "program", "program", "_update"]  # and the upload of the lr
 
 
+class Tape(TorchDispatchMode):
+    """Stands for a CUDA graph: what is launched inside is done again, on the same tensors, and nothing else is."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        from triton.runtime.interpreter import InterpretedFunction
+
+        self.done, self.inside, real = [], False, InterpretedFunction.run
+
+        def spy(kernel, *args, **kwargs):
+            self.done.append((real, (kernel, *args), kwargs, None))
+            self.inside = True
+            try:
+                return real(kernel, *args, **kwargs)
+            finally:
+                self.inside = False
+
+        self.patches = [(InterpretedFunction, "run", spy)]
+        self.patches += [(torch.cuda, name, lambda: True) for name in ("is_initialized", "is_current_stream_capturing")]
+        self.monkeypatch = monkeypatch
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self.inside and not function.is_view:
+            self.done.append((function, args, kwargs or {}, result))
+        return result
+
+    def record(self, step):
+        with self.monkeypatch.context() as patched, self:
+            for patch in self.patches:
+                patched.setattr(*patch)
+            step()
+
+    def replay(self):
+        for function, args, kwargs, result in self.done:
+            again = function(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and again.data_ptr() != result.data_ptr():
+                result.copy_(again)
+
+
+@pytest.mark.parametrize("cls", [ElraAdamW, ElraC2Min, ElraP2Min])
+def test_a_step_on_tape_is_a_step(cls, monkeypatch):
+    """Bit for bit, with a schedule that fills the tensor lr; no GPU is needed to see what a replay would not repeat."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+
+    def made():
+        model = net()
+        optimizer = cls(groups(model), lr=torch.tensor(1e-3))
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 6) * (1 - t / 20))
+
+    (model, optimizer, schedule), (other, taped, slower) = made(), made()
+    tape = Tape(monkeypatch)
+    x = torch.randn(64, 20, generator=torch.Generator().manual_seed(1))
+    rates = set()
+    for t in range(12):
+        for each, one in ((model, optimizer), (other, taped)):
+            one.zero_grad(set_to_none=t == 0)
+            each(x + 0.1 * t).sub(x[:, :1]).square().mean().backward()
+        optimizer.step()
+        if t == 4:
+            tape.record(taped.step)
+        elif 4 < t < 10:
+            tape.replay()
+        else:
+            taped.step()
+        schedule.step()
+        slower.step()
+        rates.add(float(taped.param_groups[0]["alpha"]))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q), t
+    assert len(rates) == 12
+    assert str(optimizer.state_dict()) == str(taped.state_dict())
+
+
+@pytest.mark.parametrize("fault", ["too early", "loss", "a schedule of floats", "written to"])
+def test_what_a_replay_would_not_repeat_is_refused(fault, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model = net()
+    optimizer = ElraAdamW(groups(model))
+    if fault == "a schedule of floats":
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+
+    def clamp(t):
+        if fault == "written to":
+            with torch.no_grad():
+                model[0].weight.clamp_(-0.1, 0.1)
+
+    train(optimizer, model, 1 if fault == "too early" else 5, before=clamp)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        Tape(monkeypatch).record(lambda: optimizer.step(loss=torch.ones(()) if fault == "loss" else None))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_what_changes_at_every_step_gets_no_programs(monkeypatch):
     """A schedule of the weight decay would have each step compile its own."""
     monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
