@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .gather import Gatherer
-from .groups import is_wide
+from .groups import WIDE
 from .pieces import Bucket, is_captured
 from .reduce import local
 
@@ -69,7 +69,7 @@ class Cells(Gatherer):
         if not params and self.dealt is not None:
             params = [self.dealt]
         device = buckets[0].params[0].device if buckets else local(params[0]).device
-        dtype = torch.float64 if any(map(is_wide, params)) else torch.float32
+        dtype = torch.float64 if {p.dtype for p in params} & WIDE else torch.float32
         groups, table = self.param_groups, self._table
         known = len(groups) == len(self._views) and all(
             group.get(key) is view for group, views in zip(groups, self._views, strict=True) for key, view in views.items()

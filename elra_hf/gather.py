@@ -31,6 +31,7 @@ def slope(p: Tensor) -> Tensor:
 
 
 Order = list[int] | None
+Target = tuple[Bucket, Order]  # of a parameter that has a gradient
 
 
 def order_of(p: Tensor, grad: Tensor) -> Order:
@@ -56,12 +57,14 @@ class Plan(NamedTuple):
     Attributes:
         seen: what that follows from.
         buckets: the buckets, emptied.
-        targets: the bucket of each parameter that has a gradient, and the order of its dimensions.
+        members: of each bucket, the positions of its parameters and of their states, and the order of their dimensions.
+        plain: all of them are worked on as they are.
     """
 
     seen: list[Any]
     buckets: list[Bucket]
-    targets: list[tuple[Bucket, Order]]
+    members: list[list[tuple[int, int, Order]]]
+    plain: bool
 
 
 class Gatherer(Checkpoints):
@@ -84,54 +87,84 @@ class Gatherer(Checkpoints):
         others: Ranks = () if alone or self.process_group is None else (self.process_group,)
         return [others] * max(len(params), 1)  # a rank without parameters enters the sum, too
 
-    def _gather(self, ranks: list[Ranks]) -> list[Bucket]:
+    def _gather(self, params: list[Tensor], ranks: list[Ranks]) -> list[Bucket]:
         """Sort the parameters that have a gradient into buckets, as in the last step if all is as it was."""
-        seen, plan = self._look(ranks), self._plan
+        grads, plan = [p.grad for p in params], self._plan
+        seen = self._look(params, grads, ranks)
         if plan is not None and seen == plan.seen:
-            having = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
-            for bucket in plan.buckets:
-                bucket.clear()
-            for p, (bucket, order) in zip(having, plan.targets, strict=True):
-                state = self.state[p]
-                if type(p) in PLAIN_TENSORS and order is None:
-                    bucket.add(p, gradient(p).resolve_neg(), state)
-                else:
-                    tensors = {name: lying(state[name], order) for name in bucket.state}
-                    bucket.add(lying(p, order), lying(slope(p), order), tensors)
+            self._fill(plan, params, grads)
             return plan.buckets
         idle = [group["elra_idle"] for group in self.param_groups]
         buckets, targets = self._sort(ranks)
         lasting = not any(bucket.new for bucket in buckets) and idle == [group["elra_idle"] for group in self.param_groups]
-        seen = self._look(ranks)
-        self._plan = Plan(seen, buckets, targets) if lasting and seen is not None else None
+        seen = self._look(params, grads, ranks)
+        self._plan = self._planned(seen, params, buckets, targets) if lasting and seen is not None else None
         return buckets
 
-    def _look(self, ranks: list[Ranks]) -> list[Any] | None:
+    def _planned(self, seen: list[Any], params: list[Tensor], buckets: list[Bucket], targets: list[Target]) -> Plan | None:
+        """What to do in the next step, if that looks alike; None where a look does not tell that."""
+        states = self.state.values()
+        tensors = [*map(local, params), *(local(tensor) for state in states for tensor in state.values())]
+        if not {*PLAIN_TENSORS}.issuperset(map(type, tensors)) or any(map(torch.is_complex, tensors)):
+            return None
+        places = {id(p): k for k, p in enumerate(self.state)}
+        members: dict[int, list[tuple[int, int, Order]]] = {id(bucket): [] for bucket in buckets}
+        having = [i for i, p in enumerate(params) if p.grad is not None]
+        for i, (bucket, order) in zip(having, targets, strict=True):
+            members[id(bucket)].append((i, places[id(params[i])], order))
+        plain = all(type(params[i]) in PLAIN_TENSORS and order is None for i, (_, order) in zip(having, targets, strict=True))
+        return Plan(seen, buckets, [*members.values()], plain)
+
+    def _fill(self, plan: Plan, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        """Put parameters, gradients and states into their buckets."""
+        states = [*self.state.values()]
+        for bucket, members in zip(plan.buckets, plan.members, strict=True):
+            bucket.clear()
+            if not plan.plain:
+                for i, k, order in members:
+                    tensors = {name: lying(states[k][name], order) for name in bucket.state}
+                    bucket.add(lying(params[i], order), lying(slope(params[i]), order), tensors)
+                continue
+            bucket.params.extend([params[i] for i, *_ in members])
+            found = [grad for i, *_ in members if (grad := grads[i]) is not None]
+            bucket.grads.extend([grad.resolve_neg() if grad.is_neg() else grad for grad in found])
+            for name, column in bucket.state.items():
+                column.extend([states[k][name] for _, k, _ in members])
+
+    def _look(self, params: list[Tensor], grads: list[Tensor | None], ranks: list[Ranks]) -> list[Any] | None:
         """What the sorting follows from; None where that cannot be told by a look.
 
-        Tensors by their identity, type, layout and place, since wrappers put others there or move them.
+        Tensors by their identity, layout and place, since wrappers put others there or move them. In flat lists, since each
+        step makes them.
         """
         if torch.compiler.is_compiling() or self.scope == "tensor":
             return None
-        seen: list[Any] = [*ranks]
-        for group in self.param_groups:
-            # a direction with a beta of 0 may keep less
-            seen.append((id(group), group["elra_idle"], group["elra_calls"], [beta == 0 for beta in group.get("betas", ())]))
-            for p in group["params"]:
-                grad, x = p.grad, p if type(p) in PLAIN_TENSORS else local(p)
-                if type(x) not in PLAIN_TENSORS or x.is_complex() or (grad is not None and grad.is_sparse):
-                    return None
-                seen += (id(p), x.dtype, x.shape, x.stride(), grad is None)
-                if grad is not None:
-                    state = self.state.get(p, {}).values()
-                    for tensor in (x, *(state if x is p else map(local, state))):
-                        seen += (id(tensor), tensor.data_ptr(), tensor.dtype)
-        return seen
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            return None
+        xs, kept = params, [tensor for state in self.state.values() for tensor in state.values()]
+        if not {*PLAIN_TENSORS}.issuperset(map(type, params)):
+            xs, kept = [local(p) for p in params], [local(tensor) for tensor in kept]
+        # a direction with a beta of 0 may keep less
+        betas = [[beta == 0 for beta in group.get("betas", ())] for group in self.param_groups]
+        groups = [(id(g), g["elra_idle"], g["elra_calls"], len(g["params"])) for g in self.param_groups]
+        try:
+            places = [tensor.data_ptr() for tensor in (*xs, *kept)]
+        except (AttributeError, RuntimeError):  # no tensor, or one without memory
+            return None
+        return [
+            (ranks, groups, betas),
+            [grad is None for grad in grads],
+            [x.dtype for x in xs],
+            [x.shape for x in xs],
+            [x.stride() for x in xs],
+            [*map(id, params), *map(id, self.state), *map(id, kept)],
+            places,
+        ]
 
-    def _sort(self, ranks: list[Ranks]) -> tuple[list[Bucket], list[tuple[Bucket, Order]]]:
+    def _sort(self, ranks: list[Ranks]) -> tuple[list[Bucket], list[Target]]:
         """Buckets, and that of each parameter that has a gradient; creates the state of new ones."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        targets: list[tuple[Bucket, Order]] = []
+        targets: list[Target] = []
         newborn: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._raise_counters()
         member = -1

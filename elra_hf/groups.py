@@ -46,9 +46,12 @@ PLAIN: dict[str, Any] = {"elra_base": None, "elra_full": None, "elra_top": None,
 MOST_RATIO = 100.0
 
 
+WIDE = {torch.float64, torch.complex128}  # call for a rate in float64
+
+
 def is_wide(param: Tensor) -> bool:
     """Whether ``param`` calls for a rate in float64."""
-    return param.dtype in (torch.float64, torch.complex128)
+    return param.dtype in WIDE
 
 
 def number(lr: Any) -> Any:

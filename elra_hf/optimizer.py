@@ -154,7 +154,7 @@ class Elra(Launches):
         if hands is not None and not captured:
             hands.look(params, self.state, self.direction.power)
         ranks = self._ranks(params)
-        buckets = self._gather(ranks)
+        buckets = self._gather(params, ranks)
         self._require_all(params)
         if buckets or any(ranks) or self.check_sync or self.dealt is not None:
             groups, shares = self._enter(params, buckets)

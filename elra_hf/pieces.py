@@ -46,6 +46,7 @@ class Bucket:
         grads: G_t as autograd left it.
         fans: fan-in of each, 1 for vectors.
         tables: what kernels keep from the measurement for the update.
+        lasting: what they keep for as long as the tensors lie where they do.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)
     fans: list[int] = field(default_factory=list)
     tables: dict[str, Any] = field(default_factory=dict)
+    lasting: dict[str, Any] = field(default_factory=dict)
 
     def add(self, p: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
         """Put a parameter in."""

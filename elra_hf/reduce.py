@@ -68,6 +68,8 @@ def groups_of(params: Iterable[Tensor], process_group: dist.ProcessGroup | None)
         RuntimeError: slices without ``process_group``, or ``process_group`` for parameters that show their own.
     """
     params = list(params)
+    if process_group is None and world_size() == 1:
+        return [()] * len(params)
     slicers = [slicer(p) for p in params]
     suspect = next((s for s in slicers if s), None)
     if process_group is None and suspect and world_size() > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +25,34 @@ class Sheet(NamedTuple):
     Attributes:
         table: addresses, and whether all of a tensor's are multiples of 16, shape (6, tensors).
         chunks: (tensor, first entry, entries, bucket, place of its sums), shape (chunks, 5).
-        held: what must live as long as the table.
         options: constants of the kernels; see `triton`.
     """
 
     table: Tensor
     chunks: Tensor
-    held: list[Tensor]
     options: dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """What the sheets of some buckets have in common from step to step.
+
+    Attributes:
+        key: the buckets, and the dtypes of their gradients.
+        members: the buckets of each sheet.
+        columns: the addresses of each sheet but those of the gradients: x, the way, m and v.
+        low: their digits below 16, of each tensor.
+        chunks: those of each sheet.
+        bounds: where the sums of each bucket begin and end, shape (buckets, 2).
+        options: those of each sheet.
+    """
+
+    key: Any
+    members: list[list[int]]
+    columns: list[list[tuple[int, ...]]]
+    low: list[list[int]]
+    chunks: list[Tensor]
+    bounds: Tensor
+    options: list[dict[str, Any]]
 
 
 def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet], Tensor]:
@@ -39,46 +60,62 @@ def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[She
     kept = buckets[0].tables
     if "sheets" not in kept:
         device = buckets[0].params[0].device
-        kinds: dict[tuple[Any, ...], list[tuple[int, list[Tensor], list[Tensor] | None]]] = {}
-        for b, bucket in enumerate(buckets):
-            grads = [g.contiguous() if g.dtype in TYPES else g.float().contiguous() for g in bucket.grads]
-            if len({g.dtype for g in grads}) > 1:
-                grads = [g.float() for g in grads]
-            momentum = bucket.state.get("mean") or bucket.state.get("momentum")
-            chance = bucket.group["stochastic_rounding"] and bucket.params[0].dtype == torch.bfloat16
-            kind = bucket.params[0].dtype, grads[0].dtype, momentum is not None, chance
-            kinds.setdefault(kind, []).append((b, grads, momentum))
-        sizes = tuple(
-            tuple((b, tuple(p.numel() for p in buckets[b].params)) for b, *_ in members) for members in kinds.values()
-        )
-        chunks, bounds = _chunks(sizes, device)
-        sheets: list[Sheet] = []
-        for (dtype, grad, with_momentum, chance), members, rows in zip(kinds, kinds.values(), chunks, strict=True):
-            columns: list[list[int]] = [[], [], [], [], []]
-            for b, grads, momentum in members:
-                state = buckets[b].state
-                every = (buckets[b].params, grads, state["way"], momentum, state.get("variance"))
-                for column, tensors in zip(columns, every, strict=True):
-                    column += [t.data_ptr() for t in tensors] if tensors else [0] * len(grads)
-            options = {
-                "adam": isinstance(direction, Adam),
-                "momentum": with_momentum,
-                "dtype": TYPES[dtype],
-                "grad": TYPES[grad],
-                "chance": chance,
-            }
-            aligned = [int(all(address % 16 == 0 for address in addresses)) for addresses in zip(*columns, strict=True)]
-            held = [g for _, grads, _ in members for g in grads]
-            host = _spare(len(sheets), len(aligned), device)
+        grads = [of_one_type(bucket.grads) for bucket in buckets]
+        kept["held"] = held = [*chain(*grads)]  # copies must live as long as their addresses
+        key = [(id(bucket), members[0].dtype) for bucket, members in zip(buckets, grads, strict=True)]
+        layout = buckets[0].lasting.get("layout")
+        if layout is None or layout.key != key:
+            layout = buckets[0].lasting["layout"] = _layout(direction, buckets, key)
+        sheets = []
+        for k, members in enumerate(layout.members):
+            of_grads = tuple([grad.data_ptr() for b in members for grad in grads[b]])
+            x, *states = layout.columns[k]
+            aligned = tuple([int((low | address) & 15 == 0) for low, address in zip(layout.low[k], of_grads, strict=True)])
+            columns = (x, of_grads, *states, aligned)
+            host = _spare(k, len(aligned), device)
             if is_captured():  # each replay brings the table to the device anew, from memory that nobody writes to any more
-                table = host.copy_(torch.tensor([*columns, aligned], device="cpu")).to(device, non_blocking=True)
-                held.append(SPARE.pop((len(sheets), len(aligned))))
+                held.append(SPARE.pop((k, len(aligned))))
+                table = host.copy_(torch.tensor(columns, device="cpu")).to(device, non_blocking=True)
             else:
-                table = _uploaded(tuple(map(tuple, [*columns, aligned])), device)
-            sheets.append(Sheet(table, rows, held, options))
-        kept["sheets"] = sheets, bounds
+                table = _uploaded(columns, device)
+            sheets.append(Sheet(table, layout.chunks[k], layout.options[k]))
+        kept["sheets"] = sheets, layout.bounds
     found: tuple[list[Sheet], Tensor] = kept["sheets"]
     return found
+
+
+def of_one_type(grads: list[Tensor]) -> list[Tensor]:
+    """Contiguous gradients of one dtype that the kernels know."""
+    types = {grad.dtype for grad in grads}
+    if len(types) > 1 or not types <= TYPES.keys():
+        return [grad.float().contiguous() for grad in grads]
+    return [grad.contiguous() for grad in grads]
+
+
+def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int, torch.dtype]]) -> Layout:
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for b, (bucket, (_, grad)) in enumerate(zip(buckets, key, strict=True)):
+        momentum = "mean" in bucket.state or "momentum" in bucket.state
+        chance = bucket.group["stochastic_rounding"] and bucket.params[0].dtype == torch.bfloat16
+        kinds.setdefault((bucket.params[0].dtype, grad, momentum, chance), []).append(b)
+    members = [*kinds.values()]
+    sizes = tuple(tuple((b, tuple(p.numel() for p in buckets[b].params)) for b in of_sheet) for of_sheet in members)
+    chunks, bounds = _chunks(sizes, buckets[0].params[0].device)
+    columns: list[list[tuple[int, ...]]] = []
+    for of_sheet in members:
+        rows: list[list[int]] = [[], [], [], []]
+        for bucket in (buckets[b] for b in of_sheet):
+            state = bucket.state
+            every = (bucket.params, state["way"], state.get("mean") or state.get("momentum"), state.get("variance"))
+            for row, tensors in zip(rows, every, strict=True):
+                row += [t.data_ptr() for t in tensors] if tensors else [0] * len(bucket.params)
+        columns.append([tuple(row) for row in rows])
+    low = [[(a | b | c | d) & 15 for a, b, c, d in zip(*of_sheet, strict=True)] for of_sheet in columns]
+    options = [
+        {"adam": isinstance(direction, Adam), "momentum": m, "dtype": TYPES[x], "grad": TYPES[grad], "chance": chance}
+        for x, grad, m, chance in kinds
+    ]
+    return Layout(key, members, columns, low, chunks, bounds, options)
 
 
 @functools.lru_cache(maxsize=16)

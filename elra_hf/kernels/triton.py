@@ -30,12 +30,12 @@ SPREADS = tl.constexpr((SPREAD, SEED, SALT, *MIX))
 
 
 @triton.jit
-def _chunk(table, chunks, tensors):
-    """A program's tensor, first entry, number of entries, bucket and place; and whether it loads 16 bytes at a time.
+def _chunk(table, chunks, tensors, place):
+    """A chunk's tensor, first entry, number of entries, bucket and place; and whether it is loaded 16 bytes at a time.
 
     The last has to be known where the loop is compiled.
     """
-    row = chunks + 5 * tl.program_id(0)
+    row = chunks + 5 * place
     k, start, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
     return k, start, n, tl.load(row + 3), tl.load(row + 4), (tl.load(table + 5 * tensors + k) != 0) & (n % 16 == 0)
 
@@ -65,7 +65,7 @@ def _measure(
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The five products of one chunk, to ``sums``, shape (chunks, 5)."""
-    k, start, n, b, place, wide = _chunk(table, chunks, tensors)
+    k, start, n, b, place, wide = _chunk(table, chunks, tensors, tl.program_id(0))
     mine, to = numbers + WIDTH * b, sums + 5 * place
     if wide:
         _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, True, BLOCK)
@@ -143,8 +143,11 @@ def _update(
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0."""
-    k, start, n, b, _, wide = _chunk(table, chunks, tensors)
+    """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0.
+
+    From the last chunk to the first, since what was measured last is in the cache.
+    """
+    k, start, n, b, _, wide = _chunk(table, chunks, tensors, tl.num_programs(0) - 1 - tl.program_id(0))
     mine = numbers + WIDTH * b
     if wide:
         _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, True, BLOCK)

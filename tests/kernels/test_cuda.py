@@ -157,6 +157,48 @@ def test_replays_of_a_captured_step_are_steps(cls, dtype):
         assert torch.equal(eager.weights(), captured.weights())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every
+def test_a_resumed_run_goes_on(cls, dtype, tmp_path):
+    whole, first = Run(cls, dtype), Run(cls, dtype)
+    for t in range(12):
+        whole.step(t)
+        if t < 6:
+            first.step(t)
+    torch.save((first.model.state_dict(), first.optimizer.state_dict()), tmp_path / "checkpoint.pt")
+    second = Run(cls, dtype)
+    weights, state = torch.load(tmp_path / "checkpoint.pt", map_location="cpu")
+    second.model.load_state_dict(weights)
+    second.optimizer.load_state_dict(state)
+    for t in range(6, 12):
+        second.step(t)
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(second.weights(), whole.weights(), **close)
+    with averaged(second.optimizer), averaged(whole.optimizer):
+        torch.testing.assert_close(second.weights(), whole.weights(), **close)
+
+
+@every
+def test_sharded_parameters_meet_the_kernels(cls):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        whole, sharded = Run(cls), Run(cls)
+        fully_shard(sharded.model)
+        sharded.optimizer = cls(groups(sharded.model))
+        for t in range(8):
+            whole.step(t)
+            sharded.step(t)
+        assert sharded.optimizer._programs[1]
+        local = torch.cat([p.to_local().detach().flatten() for p in sharded.model.parameters()])
+        torch.testing.assert_close(local, whole.weights(), rtol=1e-4, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("fault", ["too early", "loss", "a schedule of floats", "lr on the CPU"])
 def test_what_a_replay_would_not_repeat_is_refused(fault):
     run = Run(ElraAdamW, lr=torch.tensor(1e-3) if fault == "lr on the CPU" else 1e-3)
