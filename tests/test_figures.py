@@ -145,6 +145,24 @@ def test_a_gpt_of_a_million_parameters():
     assert "with a linear decay at {}, {} and {} (2 seeds)".format(*linear) in PROSE
 
 
+def test_a_gpt_of_105_million_parameters():
+    rows = read(RESULTS / "scale-nvidia-h200.csv")
+    report = (RESULTS / "scale-nvidia-h200.md").read_text()
+    shown = table_rows(section("A GPT of 105 million parameters"), "(from|all|LoRA).+")
+    first = []
+    for name, (_, *cells) in zip(("scratch", "tune", "lora"), shown, strict=True):
+        task = [row for row in rows if row["task"] == f"large-{name}"]
+        best = min((row for row in task if row["optimizer"] == "adamw"), key=lambda row: float(row["validation_loss"]))
+        ours = {row["schedule"]: row for row in task if row["optimizer"] == "elra_adamw"}
+        over = {s: f"{float(row['test_loss']) / float(best['test_loss']):.3f}" for s, row in ours.items()}
+        first.append(over["constant"])
+        assert cells[0].split() == [f"{float(best['test_loss']):.3f}", f"({float(best['rate']):g})"]
+        assert cells[1:3] == [f"{float(ours[s]['test_loss']):.3f} ({over[s]})" for s in ("constant", "linear")]
+        assert float(cells[3]) == float(f"{float(ours['constant']['alpha']):.2g}")
+        assert f"| {over['constant']} |" in report
+    assert "ends at {} (from scratch), {} (all weights tuned) and {} (LoRA)".format(*first) in README.replace("\n", " ")
+
+
 def test_others_with_nothing_set():
     lines = EVIDENCE.splitlines()
     for row in untuned.others():
@@ -224,10 +242,20 @@ def test_what_a_step_costs():
     for name, *cells in shown:
         nets = [("MiniLM", "fp32"), ("20 M", "fp32"), ("tiny", "fp32"), ("MiniLM", "bf16"), ("20 M", "bf16")]
         assert cells == [measured[(*net, names.get(name, name))] for net in nets]
+    on_gpu = costs("speed-nvidia-h200.jsonl")
+    shown = [cells for cells in table_rows(page, "AdamW, .+|Elra.+") if len(cells) == 7]
+    assert len(shown) == 5
+    for name, *cells in shown:
+        nets = [(net, "fp32") for net in ("GPT-2 small", "20 M", "1.1 G", "tiny")]
+        nets += [("GPT-2 small", "bf16"), ("1.1 G", "bf16")]
+        assert cells == [on_gpu[(*net, names.get(name, name))] for net in nets]
     first = {dtype: measured["MiniLM", dtype, "ElraAdamW"] for dtype in ("fp32", "bf16")}
     each = measured["MiniLM", "fp32", "AdamW foreach"]
     slow = {dtype: plain["20 M", dtype, "ElraAdamW"] for dtype in ("fp32", "bf16")}
     readme, page = README.replace("\n", " "), page.replace("\n", " ")
+    kinds = (("fp32", "ElraAdamW"), ("bf16", "ElraAdamW"), ("fp32", "AdamW foreach"))
+    gpu = [on_gpu[("GPT-2 small", *kind)] for kind in kinds]
+    assert "it takes {} times, in bfloat16 {} (GPT-2 small; `foreach` AdamW {},".format(*gpu) in readme
     assert f"takes {first['fp32']} times that of fused AdamW, in bfloat16 {first['bf16']} times (MiniLM's shapes;" in readme
     assert f"`foreach` AdamW {each}, [table]" in readme
     assert f"without a C compiler {slow['fp32']} and {slow['bf16']} times" in readme

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import elra_hf
 from recipes.sweep import Row, append, read
 
 from .cells import markdown, mean, ratio, spread
@@ -37,8 +39,8 @@ CONTESTANTS: dict[str, Optimizer] = {
 REST = list(CONTESTANTS)[2:]  # run last
 SEEDS = (1, 2)  # that report
 WIDTH = 2  # half decades to each side of the centre that every sweep has
-COLUMNS = [*Run._fields, "configuration", "status", "error", "reached", "validation_loss", "test_loss", "alpha", "seconds",
-           "peak_bytes", "parameters", "card", "versions"]  # fmt: skip
+COLUMNS = [*Run._fields, "configuration", "status", "error", "reached", "validation_loss", "test_loss", "averaged_test_loss",
+           "alpha", "seconds", "peak_bytes", "parameters", "card", "versions"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,15 @@ def train(scale: Scale, run: Run, declared: Optimizer, device: torch.device) -> 
     if gpu:
         row["peak_bytes"] = str(torch.cuda.max_memory_allocated(device))
     mode(net, optimizer, training=False)
-    with torch.no_grad():
-        for name in ("validation", "test"):
-            losses = [loss(net, batch, device).item() for batch in fixed(cut[name], stage.rows, size.length)]
-            row[f"{name}_loss"] = text(sum(losses) / len(losses))
+
+    def evaluated(name: str) -> str:
+        with torch.no_grad():
+            return text(mean([loss(net, batch, device).item() for batch in fixed(cut[name], stage.rows, size.length)]))
+
+    row |= {f"{name}_loss": evaluated(name) for name in ("validation", "test")}
+    if declared.averaged:
+        with elra_hf.averaged(optimizer):
+            row["averaged_test_loss"] = evaluated("test")
     group = optimizer.param_groups[0]
     row |= {"alpha": text(float(group["alpha"]))} if "alpha" in group else {}
     row["parameters"] = str(sum(p.numel() for p in net.parameters() if p.requires_grad))
@@ -261,7 +268,8 @@ def report(scale: Scale, label: str, done: Done) -> str:
         f"{scale.size.layers} layers × {scale.size.width}, vocabulary {scale.size.vocabulary:,}, sequences of "
         f"{scale.size.length}. Written by `python -m recipes.benchmarks scale --size {label}`. AdamW (fused, 5 % warm-up, then "
         "linear): the rate that validation picks with seed 0. The others: nothing set. Loss: mean of 8 fixed batches of the "
-        "test; over AdamW: mean of the quotients of equal seeds. Versions: "
+        "test; over AdamW: mean of the quotients of equal seeds, or over the best of the sweep where AdamW has no such seed; "
+        "its average: the same of the average of the iterates. Versions: "
         + "; ".join(dict.fromkeys(row["versions"] for row in done.values()))
         + ".\n",
     ]
@@ -295,18 +303,25 @@ def versus(runs: Done, best: Run | None) -> str:
         if run.seed != TUNING_SEED and (run.optimizer != ADAMW or (best and run.rate == best.rate)):
             reported.setdefault((run.optimizer, run.schedule, run.rate), {})[run.seed] = row
     base = next((rows for (name, *_), rows in reported.items() if name == ADAMW), {})
+    sweep = number(runs[best]["test_loss"]) if best else math.nan
+
+    def over(rows: dict[int, Row], column: str) -> str:
+        known = {seed: number(row[column]) for seed, row in rows.items() if row[column]}
+        quotients = [loss / number(base[seed]["test_loss"]) for seed, loss in known.items() if seed in base]
+        quotients = quotients or [loss / sweep for loss in known.values()]
+        return ratio(mean(quotients)) if quotients else ""
+
     lines = []
     for (name, schedule, rate), rows in reported.items():
         losses = [number(row["test_loss"]) for row in rows.values()]
-        both = [seed for seed in rows if seed in base]
-        over = mean([number(rows[s]["test_loss"]) / number(base[s]["test_loss"]) for s in both]) if both else None
         alphas = [row["alpha"] for row in rows.values() if row["alpha"]]
         lines.append(
-            [f"{name}, {schedule}", str(len(rows)), spread(losses), "" if over is None else ratio(over),
+            [f"{name}, {schedule}", str(len(rows)), spread(losses), over(rows, "test_loss"), over(rows, "averaged_test_loss"),
              rate if name == ADAMW else ", ".join(f"{float(alpha):.2g}" for alpha in alphas),
              f"{mean([number(row['seconds']) for row in rows.values()]):.3g}"]
         )  # fmt: skip
-    return markdown(["optimizer", "seeds", "test loss", "over AdamW", "rate (found)", "seconds of training"], lines)
+    header = ["optimizer", "seeds", "test loss", "over AdamW", "its average", "rate (found)", "seconds of training"]
+    return markdown(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
