@@ -71,9 +71,11 @@ class Judge(Cells):
             back = back | (refused & moving)
         bad = ~finite | back
         taken = some & ~bad
-        # a gradient that is not finite takes from the rate while it lasts: one broken row an epoch must not bring it to nothing
+        # gradients that are not finite take from the rate while they last, once however many: broken rows must not bring it to
+        # nothing
         healed = torch.where(skipped > 0, decision.alpha / self.restart_factor, decision.alpha)
-        adapted = torch.where(bad, alpha * shrink, healed)
+        lowered = torch.where(finite | (skipped == 0), alpha * shrink, alpha)
+        adapted = torch.where(bad, lowered, healed)
         adapted = torch.where(some & (live | young) & torch.isfinite(adapted), adapted, alpha)
         bounded = torch.where(some, adapted.clamp(*self.bounds), alpha)
         after = {**decision.memory, "steps": memory["steps"] + 1.0}
