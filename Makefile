@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 # the theme's advertisement of its successor
 export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: demo demo-lm test soak docs bench test-transformers4 test-deepspeed test-trainers check clean
+.PHONY: demo demo-lm test soak docs bench gpu test-transformers4 test-deepspeed test-trainers check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.text_classification.train --optim $(OPTIM) --output_dir outputs/text_classification/$(OPTIM) $(ARGS)
@@ -35,6 +35,13 @@ docs: $(VENV)/.installed
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m recipes.benchmarks run --suite quick --results $(RESULTS) $(ARGS)
 	$(BIN)/python -m recipes.benchmarks report $(RESULTS)
+
+# on a machine with a GPU, in PYTHON's own environment of torch, transformers, peft and pytest: the tests that need one, what a step
+# costs, and a GPT of 105 M parameters, at most 13 minutes; the rows and tables are to be committed
+gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest --override-ini addopts= tests/kernels/test_cuda.py tests/transformers
+	$(PYTHON) -m recipes.benchmarks speed --seconds 1
+	$(PYTHON) -m recipes.benchmarks scale $(ARGS)
 
 # what touches transformers, on the last release of its version 4
 test-transformers4: .venv-tf4/.installed

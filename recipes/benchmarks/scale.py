@@ -2,7 +2,7 @@
 
 One process, a row as soon as a run has finished, the most important runs first; it stops in time, and the same command goes on.
 Seed 0 sweeps AdamW's rate, seeds 1 and 2 report. On CUDA with bf16 autocast and fp32 weights. Text and kept nets lie in
-$XDG_CACHE_HOME/elra_hf: carry that folder to a machine without internet.
+$XDG_CACHE_HOME/elra_hf, under the version of Python: carry that folder to a machine without internet, and rename its files.
 """
 
 from __future__ import annotations
