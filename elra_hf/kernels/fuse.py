@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .native import cached
 
 FLOAT_MAX = torch.finfo(torch.float32).max
-MOST_LINES = 4000  # of a program; beyond, its compilation takes longer than its launches save
+MOST_LINES = 10_000  # of a program, some 60 groups; beyond, its compilation takes longer than its launches save
 HEAD = '"""Written by elra_hf.kernels.fuse."""\n\nimport triton\nimport triton.language as tl\n\n\n@triton.jit\n'
 # what only moves entries is done by torch itself, with the entries' places among the variables
 MOVES = {

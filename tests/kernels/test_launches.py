@@ -298,3 +298,12 @@ def test_compiles_for_a_gpu_with_wide_loads():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+
+
+def test_a_rate_for_each_layer_takes_few_launches(monkeypatch):
+    """As the decay of lr from layer to layer has it: 26 groups."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model = net(8, 11)
+    layers = [{"params": [p], "lr": 1e-3 * 0.9**k} for k, p in enumerate(model.parameters())]
+    assert len(layers) == 26
+    assert train(ElraAdamW(layers), model, 4) == 2
