@@ -340,3 +340,14 @@ def test_tensors_without_numbers(cls, scope):
     assert state_of("meta") == expected
     with FakeTensorMode():
         assert state_of("cpu") == expected
+
+
+@every
+def test_others_may_keep_what_they_like_in_the_state(cls):
+    """As torch's optimizers let them: an entry that is no parameter's, and one of a parameter that is no tensor."""
+    (model, optimizer), (other, plain) = ((model, cls(model.parameters())) for model in (net(), net()))
+    optimizer.state["calls"] = 3
+    train(model, optimizer, range(2))
+    optimizer.state[model[0].weight]["name"] = "first"
+    assert train(model, optimizer, range(2, 6))[-1] == train(other, plain, range(6))[-1]
+    assert torch.equal(flat(model), flat(other))
