@@ -154,7 +154,7 @@ class Gatherer(Checkpoints):
         return [
             (ranks, groups, betas),
             [grad is None for grad in grads],
-            [x.dtype for x in xs],
+            [x.dtype for x in (*xs, *kept)],
             [x.shape for x in xs],
             [x.stride() for x in xs],
             [*map(id, params), *map(id, self.state), *map(id, kept)],

@@ -351,3 +351,23 @@ def test_others_may_keep_what_they_like_in_the_state(cls):
     optimizer.state[model[0].weight]["name"] = "first"
     assert train(model, optimizer, range(2, 6))[-1] == train(other, plain, range(6))[-1]
     assert torch.equal(flat(model), flat(other))
+
+
+@every
+def test_a_state_that_comes_back_to_its_place_in_another_dtype(cls):
+    """As from an offloader with a buffer of its own: the kernels would read beyond what it takes there."""
+    runs = [torch.nn.Parameter(torch.linspace(-1.0, 1.0, 64)) for _ in range(2)]
+    for p, forgets in zip(runs, (False, True), strict=True):
+        optimizer, room = cls([p]), torch.zeros(512, dtype=torch.uint8)
+        for t in range(6):
+            p.grad = p.detach() * torch.linspace(0.1, 1.0, 64)
+            if t == 2:
+                way = optimizer.state[p]["way"]
+                way.data = room[:256].view(torch.float32).copy_(way)
+            if t == 4:
+                half = way.bfloat16()
+                way.data = room[:128].view(torch.bfloat16).copy_(half)
+            if forgets:
+                optimizer._plan = None
+            optimizer.step()
+    assert torch.equal(*runs)
