@@ -152,7 +152,7 @@ class Gatherer(Checkpoints):
         except (AttributeError, RuntimeError):  # no state of a parameter, no tensor, or one without memory
             return None
         return [
-            (ranks, groups, betas),
+            (self.scope, ranks, groups, betas),
             [grad is None for grad in grads],
             [x.dtype for x in (*xs, *kept)],
             [x.shape for x in xs],

@@ -354,6 +354,23 @@ def test_others_may_keep_what_they_like_in_the_state(cls):
 
 
 @every
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(["global", "group"])))
+def test_the_scope_may_change_between_two_steps(cls, old, new):
+    """The buckets of the step before have their rates elsewhere."""
+    rates = []
+    for forgets in (False, True):
+        model = net()
+        optimizer = cls([{"params": layer.parameters()} for layer in (model[0], model[2])], scope=old)
+        train(model, optimizer, range(5))
+        optimizer.scope = new
+        if forgets:
+            optimizer._plan = None
+        train(model, optimizer, range(5, 15))
+        rates.append([group["alpha"].item() for group in optimizer.param_groups])
+    assert rates[0] == rates[1]
+
+
+@every
 def test_a_state_that_comes_back_to_its_place_in_another_dtype(cls):
     """As from an offloader with a buffer of its own: the kernels would read beyond what it takes there."""
     runs = [torch.nn.Parameter(torch.linspace(-1.0, 1.0, 64)) for _ in range(2)]

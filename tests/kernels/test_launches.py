@@ -229,6 +229,17 @@ def test_what_changes_at_every_step_gets_no_programs(monkeypatch):
     assert train(optimizer, model, 3) == 3
 
 
+def test_bounds_may_come_late(monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model = net()
+    optimizer = ElraC2Min(groups(model))
+    train(optimizer, model, 5)
+    assert optimizer.param_groups[0]["alpha"] > 2e-6
+    optimizer.bounds = (1e-6, 2e-6)
+    assert train(optimizer, model, 3) == 2
+    assert optimizer.param_groups[0]["alpha"].item() == pytest.approx(2e-6)
+
+
 def test_the_kind_of_rounding_may_change(monkeypatch):
     """In the middle of a run: steps below the resolution move nothing where they are rounded to the nearest."""
     monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
