@@ -141,20 +141,20 @@ class Gatherer(Checkpoints):
             return None
         if any(grad is not None and grad.is_sparse for grad in grads):
             return None
-        xs, kept = params, [tensor for state in self.state.values() for tensor in state.values()]
-        if not {*PLAIN_TENSORS}.issuperset(map(type, params)):
-            xs, kept = [local(p) for p in params], [local(tensor) for tensor in kept]
         # a direction with a beta of 0 may keep less
         betas = [[beta == 0 for beta in group.get("betas", ())] for group in self.param_groups]
         groups = [(id(g), g["elra_idle"], g["elra_calls"], len(g["params"])) for g in self.param_groups]
         try:
+            xs, kept = params, [tensor for state in self.state.values() for tensor in state.values()]
+            if not {*PLAIN_TENSORS}.issuperset(map(type, params)):
+                xs, kept = [local(p) for p in params], [local(tensor) for tensor in kept]
             places = [tensor.data_ptr() for tensor in (*xs, *kept)]
-        except (AttributeError, RuntimeError):  # no tensor, or one without memory
+        except (AttributeError, RuntimeError):  # no state of a parameter, no tensor, or one without memory
             return None
         return [
-            (ranks, groups, betas),
+            (self.scope, ranks, groups, betas),
             [grad is None for grad in grads],
-            [x.dtype for x in xs],
+            [x.dtype for x in (*xs, *kept)],
             [x.shape for x in xs],
             [x.stride() for x in xs],
             [*map(id, params), *map(id, self.state), *map(id, kept)],

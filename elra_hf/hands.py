@@ -76,6 +76,10 @@ class Hands:
             self._copies = {p: p.detach().clone() for p, mark in self.marks.items() if mark == FOLLOWED}
             self._norms = {p: norm(p) for p, mark in self.marks.items() if mark != FOLLOWED}
 
+    def forget(self) -> None:
+        """In a step that does not look: where everything was is not where the next one begins."""
+        self._versions, self._norms, self._copies = [], {}, {}
+
     def forgive(self, params: list[Tensor], before: list[int]) -> None:
         """After somebody has put everything back: the `counts` since ``before`` are not those of a move."""
         self._versions = [seen + new - old for seen, old, new in zip(self._versions, before, counts(params), strict=False)]

@@ -108,6 +108,7 @@ class Launches(Judge):
             {name: slots.setdefault(id(count), len(slots)) for name, count in bucket.counts.items()} for bucket in buckets
         )
         key = (
+            (self.rule, self.bounds, self.restart_factor),
             tuple(dict.fromkeys(ranks)),
             tuple((b.index, b.cell, b.idle, b.ranks, tuple(c.values())) for b, c in zip(buckets, counts, strict=True)),
             [(self._absent(g), *(g.get(name) for name in self.defaults if name != "lr")) for g in self.param_groups],

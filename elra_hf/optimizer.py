@@ -151,6 +151,8 @@ class Elra(Launches):
         # slices are written to by those who cut them
         captured = is_captured()
         hands = None if torch.compiler.is_compiling() or self.process_group is not None else self._hands
+        if hands is None:
+            self._hands.forget()
         if hands is not None and not captured:
             hands.look(params, self.state, self.direction.power)
         ranks = self._ranks(params)

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     """What the sheets of some buckets have in common from step to step.
 
     Attributes:
-        key: the buckets, and the dtypes of their gradients.
+        key: the buckets, the dtypes of their gradients, and whether they are rounded by chance.
         members: the buckets of each sheet.
         columns: the addresses of each sheet but those of the gradients: x, the way, m and v.
         low: their digits below 16, of each tensor.
@@ -62,7 +62,10 @@ def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[She
         device = buckets[0].params[0].device
         grads = [of_one_type(bucket.grads) for bucket in buckets]
         kept["held"] = held = [*chain(*grads)]  # copies must live as long as their addresses
-        key = [(id(bucket), members[0].dtype) for bucket, members in zip(buckets, grads, strict=True)]
+        key = [
+            (id(bucket), members[0].dtype, bucket.group["stochastic_rounding"])
+            for bucket, members in zip(buckets, grads, strict=True)
+        ]
         layout = buckets[0].lasting.get("layout")
         if layout is None or layout.key != key:
             layout = buckets[0].lasting["layout"] = _layout(direction, buckets, key)
@@ -92,11 +95,11 @@ def of_one_type(grads: list[Tensor]) -> list[Tensor]:
     return [grad.contiguous() for grad in grads]
 
 
-def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int, torch.dtype]]) -> Layout:
+def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int, torch.dtype, bool]]) -> Layout:
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for b, (bucket, (_, grad)) in enumerate(zip(buckets, key, strict=True)):
+    for b, (bucket, (_, grad, by_chance)) in enumerate(zip(buckets, key, strict=True)):
         momentum = "mean" in bucket.state or "momentum" in bucket.state
-        chance = bucket.group["stochastic_rounding"] and bucket.params[0].dtype == torch.bfloat16
+        chance = by_chance and bucket.params[0].dtype == torch.bfloat16
         kinds.setdefault((bucket.params[0].dtype, grad, momentum, chance), []).append(b)
     members = [*kinds.values()]
     sizes = tuple(tuple((b, tuple(p.numel() for p in buckets[b].params)) for b in of_sheet) for of_sheet in members)

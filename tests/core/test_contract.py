@@ -153,6 +153,24 @@ def test_compiles_to_the_same_result(cls):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch may not trace a step (docs/cost.md); torch 2.6 cannot")
+@every
+def test_compiled_steps_are_nobody_elses_moves(cls):
+    """Every other step is compiled; the eager ones in between do not take it for a constraint."""
+    torch._dynamo.reset()
+    eager, mixed = net(), net()
+    a, b = cls(eager.parameters()), cls(mixed.parameters())
+    compiled = torch.compile(b.step, backend="eager")
+    for t in range(20):
+        train(eager, a, [t])
+        mixed.zero_grad()
+        loss_of(mixed, t).backward()
+        compiled() if t % 2 else b.step()
+    assert torch.allclose(flat(eager), flat(mixed), rtol=1e-4, atol=1e-6)
+    with elra_hf.averaged(a), elra_hf.averaged(b):
+        assert torch.allclose(flat(eager), flat(mixed), rtol=1e-4, atol=1e-6)
+
+
 @every
 def test_groups_share_one_rate_and_weigh_by_their_lr(cls):
     """A group with 16 times the lr moves 16 times as far at the same direction."""

@@ -340,3 +340,51 @@ def test_tensors_without_numbers(cls, scope):
     assert state_of("meta") == expected
     with FakeTensorMode():
         assert state_of("cpu") == expected
+
+
+@every
+def test_others_may_keep_what_they_like_in_the_state(cls):
+    """As torch's optimizers let them: an entry that is no parameter's, and one of a parameter that is no tensor."""
+    (model, optimizer), (other, plain) = ((model, cls(model.parameters())) for model in (net(), net()))
+    optimizer.state["calls"] = 3
+    train(model, optimizer, range(2))
+    optimizer.state[model[0].weight]["name"] = "first"
+    assert train(model, optimizer, range(2, 6))[-1] == train(other, plain, range(6))[-1]
+    assert torch.equal(flat(model), flat(other))
+
+
+@every
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(["global", "group"])))
+def test_the_scope_may_change_between_two_steps(cls, old, new):
+    """The buckets of the step before have their rates elsewhere."""
+    rates = []
+    for forgets in (False, True):
+        model = net()
+        optimizer = cls([{"params": layer.parameters()} for layer in (model[0], model[2])], scope=old)
+        train(model, optimizer, range(5))
+        optimizer.scope = new
+        if forgets:
+            optimizer._plan = None
+        train(model, optimizer, range(5, 15))
+        rates.append([group["alpha"].item() for group in optimizer.param_groups])
+    assert rates[0] == rates[1]
+
+
+@every
+def test_a_state_that_comes_back_to_its_place_in_another_dtype(cls):
+    """As from an offloader with a buffer of its own: the kernels would read beyond what it takes there."""
+    runs = [torch.nn.Parameter(torch.linspace(-1.0, 1.0, 64)) for _ in range(2)]
+    for p, forgets in zip(runs, (False, True), strict=True):
+        optimizer, room = cls([p]), torch.zeros(512, dtype=torch.uint8)
+        for t in range(6):
+            p.grad = p.detach() * torch.linspace(0.1, 1.0, 64)
+            if t == 2:
+                way = optimizer.state[p]["way"]
+                way.data = room[:256].view(torch.float32).copy_(way)
+            if t == 4:
+                half = way.bfloat16()
+                way.data = room[:128].view(torch.bfloat16).copy_(half)
+            if forgets:
+                optimizer._plan = None
+            optimizer.step()
+    assert torch.equal(*runs)

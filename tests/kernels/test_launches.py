@@ -229,6 +229,31 @@ def test_what_changes_at_every_step_gets_no_programs(monkeypatch):
     assert train(optimizer, model, 3) == 3
 
 
+def test_bounds_may_come_late(monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    model = net()
+    optimizer = ElraC2Min(groups(model))
+    train(optimizer, model, 5)
+    assert optimizer.param_groups[0]["alpha"] > 2e-6
+    optimizer.bounds = (1e-6, 2e-6)
+    assert train(optimizer, model, 3) == 2
+    assert optimizer.param_groups[0]["alpha"].item() == pytest.approx(2e-6)
+
+
+def test_the_kind_of_rounding_may_change(monkeypatch):
+    """In the middle of a run: steps below the resolution move nothing where they are rounded to the nearest."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    p = torch.nn.Parameter(torch.linspace(1.0, 2.0, 3000).bfloat16())
+    optimizer = ElraC2Min([p], lr=1e-4, bounds=(1e-4, 2e-4))
+    moved = []
+    for t in range(8):
+        before, p.grad = p.detach().clone(), -p.detach()  # the interpreter cuts off what is below the resolution
+        optimizer.param_groups[0]["stochastic_rounding"] = t < 4
+        optimizer.step()
+        moved.append(not torch.equal(p, before))
+    assert moved == [True] * 4 + [False] * 4
+
+
 def test_goes_the_long_way_where_no_program_can_be_made(monkeypatch):
     from elra_hf.kernels import fuse
 
