@@ -15,7 +15,6 @@ from ..directions import Adam, Direction
 from ..pieces import Bucket, is_captured
 
 CHUNK = 2**14
-SPARE: dict[tuple[int, int], Tensor] = {}  # by number of the launch and of its tensors
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -44,6 +43,7 @@ class Layout(NamedTuple):
         chunks: those of each sheet.
         bounds: where the sums of each bucket begin and end, shape (buckets, 2).
         options: those of each sheet.
+        spare: host memory for each sheet's table of a captured step, since none can be had while a graph is recorded.
     """
 
     key: Any
@@ -53,6 +53,7 @@ class Layout(NamedTuple):
     chunks: list[Tensor]
     bounds: Tensor
     options: list[dict[str, Any]]
+    spare: dict[int, Tensor]
 
 
 def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet], Tensor]:
@@ -75,11 +76,13 @@ def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[She
             x, *states = layout.columns[k]
             aligned = tuple([int((low | address) & 15 == 0) for low, address in zip(layout.low[k], of_grads, strict=True)])
             columns = (x, of_grads, *states, aligned)
-            host = _spare(k, len(aligned), device)
             if is_captured():  # each replay brings the table to the device anew, from memory that nobody writes to any more
-                held.append(SPARE.pop((k, len(aligned))))
-                table = host.copy_(torch.tensor(columns, device="cpu")).to(device, non_blocking=True)
+                held.append(_filled(layout.spare.pop(k, None), columns))
+                table = held[-1].to(device, non_blocking=True)
             else:
+                if k not in layout.spare:
+                    pinned = device.type == "cuda"
+                    layout.spare[k] = torch.empty((6, len(aligned)), dtype=torch.int64, device="cpu", pin_memory=pinned)
                 table = _uploaded(columns, device)
             sheets.append(Sheet(table, layout.chunks[k], layout.options[k]))
         kept["sheets"] = sheets, layout.bounds
@@ -118,7 +121,7 @@ def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int
         {"adam": isinstance(direction, Adam), "momentum": m, "dtype": TYPES[x], "grad": TYPES[grad], "chance": chance}
         for x, grad, m, chance in kinds
     ]
-    return Layout(key, members, columns, low, chunks, bounds, options)
+    return Layout(key, members, columns, low, chunks, bounds, options, {})
 
 
 @functools.lru_cache(maxsize=16)
@@ -128,12 +131,18 @@ def _uploaded(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> T
     return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
-def _spare(sheet: int, tensors: int, device: torch.device) -> Tensor:
-    """Host memory for the table of a captured step; none can be had while a graph is recorded."""
-    key = sheet, tensors
-    if key not in SPARE:
-        SPARE[key] = torch.empty((6, tensors), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return SPARE[key]
+def _filled(spare: Tensor | None, columns: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The table in host memory that lies ready for a captured step.
+
+    Raises:
+        RuntimeError: none does, since the last step was captured, too.
+    """
+    if spare is None:
+        raise RuntimeError(
+            "step() was captured in a CUDA graph twice in a row: take a step between two captures, and capture one step() in "
+            "each graph"
+        )
+    return spare.copy_(torch.tensor(columns, device="cpu"))
 
 
 @functools.lru_cache(maxsize=16)

@@ -196,6 +196,24 @@ def test_a_step_on_tape_is_a_step(cls, monkeypatch):
     assert str(optimizer.state_dict()) == str(taped.state_dict())
 
 
+def test_twins_on_one_tape(monkeypatch):
+    """As the two critics of an actor are; and the same step once more is one too many."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    models = [net(), net()]
+    optimizers = [ElraAdamW(groups(model)) for model in models]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        train(optimizer, model, 4)
+    tape = Tape(monkeypatch)
+    tape.record(lambda: [optimizer.step() for optimizer in optimizers])
+    tape.replay()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(RuntimeError, match="twice in a row"):
+        tape.record(optimizers[0].step)
+    optimizers[0].step()
+    tape.record(optimizers[0].step)
+
+
 @pytest.mark.parametrize("fault", ["too early", "loss", "a schedule of floats", "written to"])
 def test_what_a_replay_would_not_repeat_is_refused(fault, monkeypatch):
     monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
