@@ -129,10 +129,19 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 logger.log_metrics({f"{self._prefix(index)}/found_rate": found.rate}, step=step)
             trainer.print(found.line(_schedule(trainer)))
+        if self._ends_with_average(trainer):  # for those who save at the end, after us
+            self._swapped = self._swap(trainer)
 
-        if self.averaged:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with the average, also where a finished run was resumed, and nothing was trained."""
+        if self._ends_with_average(trainer):
+            self._swap_out()
             for _, each in _elra(trainer.optimizers):
                 settle(each)
+
+    def _ends_with_average(self, trainer: Trainer) -> bool:
+        finds = any(isinstance(each, RateFinder) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        return self.averaged and not finds  # which puts everything back
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap the average in."""

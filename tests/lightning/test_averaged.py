@@ -64,6 +64,36 @@ def test_a_checkpoint_holds_both(tmp_path):
     assert torch.equal(flat(loaded), whole.validated[0])
 
 
+def test_a_checkpoint_of_the_end_holds_both(tmp_path):
+    """Lightning writes last.ckpt at the very end where none was due before."""
+
+    def fit(module, epochs, resume=None):
+        keep = ModelCheckpoint(tmp_path / "kept", every_n_epochs=9, save_last=True)
+        run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=epochs, enable_checkpointing=True)
+        run.fit(module, loader(), loader(), ckpt_path=resume)
+
+    whole, first, resumed = Watched(), Watched(), Watched()
+    fit(first, 1)
+    last = tmp_path / "kept/last.ckpt"
+    loaded = Watched()
+    loaded.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
+    assert torch.equal(flat(loaded), flat(first))
+    fit(resumed, 2, last)
+    fit(whole, 2)
+    assert torch.equal(resumed.iterates[-1], whole.iterates[-1])
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_a_finished_run_that_is_resumed_ends_with_the_average(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="end")
+    module, again = Watched(), Watched()
+    for each, resume in ((module, None), (again, tmp_path / "end.ckpt")):
+        run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=1, enable_checkpointing=True)
+        run.fit(each, loader(), loader(), ckpt_path=resume)
+    assert len(again.iterates) == 1
+    assert torch.equal(flat(again), flat(module))
+
+
 def test_a_checkpoint_of_weights_alone_is_of_the_average(tmp_path):
     """Lightning does not ask callbacks for it."""
     module, keep = Watched(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=True)
