@@ -7,7 +7,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,11 @@ from elra_hf.optimizer import inside, rate, unwrap
 from elra_hf.reduce import local, slicer
 
 from .found import Found, Search, Trace
+
+# Lightning's own averages; not every version has all
+AVERAGES = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 
 
 class ElraMonitor(Callback):  # type: ignore[misc]
@@ -36,7 +41,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             ``optimizer.step(loss=...)``.
         averaged: validate with the average of the iterates (see `elra_hf.averaged`), save it, and end the training with it.
             Checkpoints, unless of weights alone, also hold what training goes on from, so that a resumed run is the same as
-            one that was never stopped. Not where a strategy shards the weights.
+            one that was never stopped. Not where a strategy shards the weights, nor beside another average, such as Lightning's
+            ``WeightAveraging`` and ``StochasticWeightAveraging``.
     """
 
     def __init__(self, prog_bar: bool = False, loss_restarts: bool = False, averaged: bool = False) -> None:
@@ -60,6 +66,12 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                     "ElraMonitor(averaged=True) does not go with a strategy that shards the weights: leave it out, and use "
                     "elra_hf.averaged(optimizer) where you evaluate"
                 )
+            for each in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(each, AVERAGES):
+                    raise ValueError(
+                        f"ElraMonitor(averaged=True) does not go with {type(each).__name__}, which puts an average of its own "
+                        "into the model: leave one of them out"
+                    )
             warn_of_statistics("ElraMonitor(averaged=True)", pl_module)
             self._save_average(trainer)
         self._traces, self._unseen = {index: Trace() for index, _ in _elra(trainer.optimizers)}, set()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 from elra_hf.adapters.lightning import ElraMonitor
 
@@ -144,6 +144,13 @@ def test_several_optimizers_are_averaged():
     run.fit(module, loader())
     for optimizer in run.optimizers:
         assert all(not state["way"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("other", [StochasticWeightAveraging(1e-2), EMAWeightAveraging()], ids=lambda each: type(each).__name__)
+def test_another_average_is_refused(other):
+    """The model would end as neither: its weights would be moved as if they were the iterate."""
+    with pytest.raises(ValueError, match=f"does not go with {type(other).__name__}"):
+        trainer(callbacks=[ElraMonitor(averaged=True), other], max_epochs=3).fit(Watched(), loader())
 
 
 def test_the_papers_rule_is_refused():
