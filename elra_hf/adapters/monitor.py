@@ -165,9 +165,9 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self._swap_out()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Swap it out, whatever happened."""
+        """Swap it out, whatever happened, and stop listening; others may still save the weights."""
         self._swap_out()
-        self.teardown(trainer, pl_module, "fit")
+        self._stop_listening()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as the model, and aside what training goes on from."""
@@ -187,6 +187,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
 
     def _save_average(self, trainer: Trainer) -> None:
         """Save the average where weights alone are saved, of which Lightning's callbacks do not hear."""
+        vars(trainer.strategy).pop("save_checkpoint", None)  # of a run that failed
         save = trainer.strategy.save_checkpoint
 
         def save_average(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -225,6 +226,9 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         """Stop listening."""
         if self.averaged:
             vars(trainer.strategy).pop("save_checkpoint", None)
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -106,6 +106,25 @@ def test_a_checkpoint_of_weights_alone_is_of_the_average(tmp_path):
     assert "save_checkpoint" not in vars(run.strategy)
 
 
+def test_weights_that_are_saved_as_a_run_fails_are_of_the_average(tmp_path):
+    class Failing(Watched):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            if self.trainer.global_step == 5:
+                raise RuntimeError("a step that fails")
+
+    keep = ModelCheckpoint(tmp_path, filename="failed", save_on_exception=True, save_weights_only=True)
+    module = Failing()
+    run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="a step that fails"):
+        run.fit(module, loader())
+    loaded = Watched()
+    loaded.load_state_dict(torch.load(tmp_path / "failed.ckpt", weights_only=True)["state_dict"])
+    expected = average(module.iterates, "elra_adamw").float()
+    torch.testing.assert_close(flat(loaded), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(flat(module), module.iterates[-1])
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_checkpoint_that_is_saved_in_a_validation_is_the_same(weights_only, tmp_path):
     class Saving(Watched):
