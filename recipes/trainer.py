@@ -84,6 +84,7 @@ def parse_runs(types: Sequence[type], defaults: Sequence[Path], argv: Sequence[s
     for name in next(each.compare for each in options if isinstance(each, CompareArguments)):
         folder = str(Path(args.output_dir) / f"compare_{name}")
         runs.append(parse(types, defaults, [*argv, "--optim", name, "--optim_args", "", "--output_dir", folder])[-1])
+        runs[-1].resume_from_checkpoint = None  # which is one of another optimizer
     for each in runs:
         check_optimizer(each)
     return runs, options

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipes.cli import run
+from recipes.sweep import read
 from recipes.text_classification.train import main
 from tests.recipes.conftest import run_recipe, sentences, write_csv
 
@@ -106,6 +107,16 @@ def test_given_splits_are_used_as_they_are(tiny_model: str, tmp_path: Path):
     card = (tmp_path / "out/README.md").read_text()
     assert "| train | 40 |\n| validation | 10 |" in card
     assert "accuracy (validation)" in card
+
+
+def test_what_a_resumed_run_is_compared_with_begins_anew(tiny_model: str, rows_csv: str, tmp_path: Path):
+    """The checkpoint is one of another optimizer."""
+    given = ["--model_name_or_path", tiny_model, "--train_file", rows_csv, "--output_dir", str(tmp_path), *SMALL]
+    given += ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true"]
+    run(main, given)
+    resumed = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2"), "--compare", "adamw_torch"]
+    run(main, [*given, *resumed])
+    assert [row["optimizer"] for row in read(tmp_path / "results.csv")] == ["elra_adamw", "adamw_torch"]
 
 
 def test_two_processes_write_one_card(tiny_model: str, rows_csv: str, tmp_path: Path):
