@@ -155,6 +155,8 @@ WRONG = {
     "no logs": (["--logging_strategy", "no"], "there would be no rate to draw"),
     "optimizer's option": (["--optim", "elra_c2min", "--optim_args", "gian=0.4"], "gain"),
     "optimizer's value": (["--optim_args", "gain=7"], "gain"),
+    "optimizer's rate": (["--learning_rate", "0"], "--optim elra_adamw: lr=0.0 is invalid"),
+    "optimizer's decay": (["--weight_decay", "-1"], "weight_decay=-1.0 is invalid"),
 }
 
 
