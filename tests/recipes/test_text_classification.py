@@ -138,6 +138,9 @@ WRONG = {
     "empty cell": (["--train_file", "{tmp}/hole.csv"], "1 of 3 rows have nothing in column text"),
     "unknown label": (["--train_file", "{rows}", "--validation_file", "{tmp}/one.csv"], "that the training data lack: x"),
     "fractional label": (["--train_file", "{tmp}/score.csv"], "it does not do regression"),
+    "one class": (["--train_file", "{tmp}/same.csv"], "column label has one class only"),
+    "lists as labels": (["--train_file", "{tmp}/lists.jsonl"], "give one string or whole number a row"),
+    "labels as texts": (["--train_file", "{rows}", "--text_column_name", "label"], "that is the column of the labels"),
     "no label column": (["--train_file", "{rows}", "--label_column_name", "lable"], "did you mean label?"),
     "no text column": (["--train_file", "{rows}", "--text_column_name", "txt"], "did you mean text?"),
     "which text column": (["--train_file", "{tmp}/wide.csv"], "--text_column_name is needed"),
@@ -169,6 +172,8 @@ def test_wrong_input_ends_with_one_line_and_status_2(options, message, tiny_mode
     write_csv(tmp_path / "one.csv", [("just one", "x")])
     write_csv(tmp_path / "hole.csv", [("one", "x"), ("", "y"), ("two", "y")])
     write_csv(tmp_path / "score.csv", [("one", "0.5"), ("two", "1.5")])
+    write_csv(tmp_path / "same.csv", [(text, "x") for text, _ in sentences(40)])
+    (tmp_path / "lists.jsonl").write_text('{"text": "one", "label": ["x"]}\n')
     write_csv(tmp_path / "wide.csv", [("one", "two", "x")], header=("a", "b", "label"))
     options = [option.format(tmp=tmp_path, rows=rows_csv) for option in options]
     model = [] if "--model_name_or_path" in options else ["--model_name_or_path", tiny_model]
