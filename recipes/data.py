@@ -67,6 +67,8 @@ def load_classification(args: DataArguments) -> DatasetDict:
     if label not in raw["train"].column_names:
         raise InputError(f"--label_column_name {label}: no such column{nearest(label, raw['train'].column_names)}")
     text = text_column(raw["train"], args.text_column_name, label)
+    if text == label:
+        raise InputError(f"--text_column_name {text}: that is the column of the labels; give another")
     for name, rows in raw.items():
         for column in (text, label):
             check_column(rows, column, f"{name} data ({getattr(args, f'{name}_file') or args.dataset_name or 'questions'})")
@@ -80,6 +82,8 @@ def load_classification(args: DataArguments) -> DatasetDict:
     for name, rows in data.items():
         if not len(rows):
             raise InputError(f"too few rows to cut off {name} data: give --validation_file")
+    if data["train"].features["label"].num_classes < 2:
+        raise InputError(f"column {label} has one class only: there is nothing to tell apart")
     return data
 
 
@@ -217,6 +221,8 @@ def _encoded(data: DatasetDict) -> DatasetDict:
         return DatasetDict({name: rows for name, rows in data.items() if name == "train" or set(rows.unique("label")) != {-1}})
     if getattr(feature, "dtype", "").startswith("float"):
         raise InputError("the labels are fractional numbers: this recipe tells classes apart, it does not do regression")
+    if not isinstance(feature, Value):
+        raise InputError("the labels are lists, or of several types: give one string or whole number a row")
     known = sorted(data["train"].unique("label"))
     for name, rows in data.items():
         unknown = [str(label) for label in rows.unique("label") if label not in known]

@@ -84,6 +84,7 @@ def parse_runs(types: Sequence[type], defaults: Sequence[Path], argv: Sequence[s
     for name in next(each.compare for each in options if isinstance(each, CompareArguments)):
         folder = str(Path(args.output_dir) / f"compare_{name}")
         runs.append(parse(types, defaults, [*argv, "--optim", name, "--optim_args", "", "--output_dir", folder])[-1])
+        runs[-1].resume_from_checkpoint = None  # which is one of another optimizer
     for each in runs:
         check_optimizer(each)
     return runs, options
@@ -91,13 +92,14 @@ def parse_runs(types: Sequence[type], defaults: Sequence[Path], argv: Sequence[s
 
 def check_optimizer(args: TrainingArguments) -> None:
     """Refuse what the optimizer would refuse, before model and data are loaded."""
-    if not args.optim_args:
+    if not args.optim_args and args.optim.value not in VARIANTS:
         return
+    given = f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
     try:
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer([nn.Parameter(nn.Linear(1, 1).weight.detach())], **kwargs)
+        optimizer([{"params": nn.Linear(1, 1).parameters(), "weight_decay": args.weight_decay}], **kwargs)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--optim {args.optim.value} --optim_args {args.optim_args}: {error}") from error
+        raise InputError(f"{given}: {error}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,11 @@ from elra_hf.optimizer import inside, rate, unwrap
 from elra_hf.reduce import local, slicer
 
 from .found import Found, Search, Trace
+
+# Lightning's own averages; not every version has all
+AVERAGES = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 
 
 class ElraMonitor(Callback):  # type: ignore[misc]
@@ -36,7 +41,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
             ``optimizer.step(loss=...)``.
         averaged: validate with the average of the iterates (see `elra_hf.averaged`), save it, and end the training with it.
             Checkpoints, unless of weights alone, also hold what training goes on from, so that a resumed run is the same as
-            one that was never stopped. Not where a strategy shards the weights.
+            one that was never stopped. Not where a strategy shards the weights, nor beside another average, such as Lightning's
+            ``WeightAveraging`` and ``StochasticWeightAveraging``.
     """
 
     def __init__(self, prog_bar: bool = False, loss_restarts: bool = False, averaged: bool = False) -> None:
@@ -60,6 +66,12 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                     "ElraMonitor(averaged=True) does not go with a strategy that shards the weights: leave it out, and use "
                     "elra_hf.averaged(optimizer) where you evaluate"
                 )
+            for each in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(each, AVERAGES):
+                    raise ValueError(
+                        f"ElraMonitor(averaged=True) does not go with {type(each).__name__}, which puts an average of its own "
+                        "into the model: leave one of them out"
+                    )
             warn_of_statistics("ElraMonitor(averaged=True)", pl_module)
             self._save_average(trainer)
         self._traces, self._unseen = {index: Trace() for index, _ in _elra(trainer.optimizers)}, set()
@@ -129,10 +141,19 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 logger.log_metrics({f"{self._prefix(index)}/found_rate": found.rate}, step=step)
             trainer.print(found.line(_schedule(trainer)))
+        if self._ends_with_average(trainer):  # for those who save at the end, after us
+            self._swapped = self._swap(trainer)
 
-        if self.averaged:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with the average, also where a finished run was resumed, and nothing was trained."""
+        if self._ends_with_average(trainer):
+            self._swap_out()
             for _, each in _elra(trainer.optimizers):
                 settle(each)
+
+    def _ends_with_average(self, trainer: Trainer) -> bool:
+        finds = any(isinstance(each, RateFinder) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        return self.averaged and not finds  # which puts everything back
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap the average in."""
@@ -144,9 +165,9 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self._swap_out()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Swap it out, whatever happened."""
+        """Swap it out, whatever happened, and stop listening; others may still save the weights."""
         self._swap_out()
-        self.teardown(trainer, pl_module, "fit")
+        self._stop_listening()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as the model, and aside what training goes on from."""
@@ -166,6 +187,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
 
     def _save_average(self, trainer: Trainer) -> None:
         """Save the average where weights alone are saved, of which Lightning's callbacks do not hear."""
+        vars(trainer.strategy).pop("save_checkpoint", None)  # of a run that failed
         save = trainer.strategy.save_checkpoint
 
         def save_average(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -204,6 +226,9 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         """Stop listening."""
         if self.averaged:
             vars(trainer.strategy).pop("save_checkpoint", None)
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -102,6 +102,11 @@ class CLI(LightningCLI):
         folder = self.trainer.log_dir
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run or not folder:
             return
+        if not series(log, "loss"):
+            raise InputError(
+                f"--trainer.log_every_n_steps {self.trainer.log_every_n_steps}: no loss was logged, and there is nothing to "
+                f"draw: give a smaller number. Its checkpoints are in {folder}; test accuracy {metrics['test_accuracy']:.4f}"
+            )
         metrics |= {"train_loss": statistics.mean(loss for _, loss in series(log, "loss")[-10:]), "train_runtime": seconds}
         name = type(optimizer).__name__
         (Path(folder) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

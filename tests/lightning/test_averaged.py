@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 from elra_hf.adapters.lightning import ElraMonitor
 
@@ -64,6 +64,36 @@ def test_a_checkpoint_holds_both(tmp_path):
     assert torch.equal(flat(loaded), whole.validated[0])
 
 
+def test_a_checkpoint_of_the_end_holds_both(tmp_path):
+    """Lightning writes last.ckpt at the very end where none was due before."""
+
+    def fit(module, epochs, resume=None):
+        keep = ModelCheckpoint(tmp_path / "kept", every_n_epochs=9, save_last=True)
+        run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=epochs, enable_checkpointing=True)
+        run.fit(module, loader(), loader(), ckpt_path=resume)
+
+    whole, first, resumed = Watched(), Watched(), Watched()
+    fit(first, 1)
+    last = tmp_path / "kept/last.ckpt"
+    loaded = Watched()
+    loaded.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
+    assert torch.equal(flat(loaded), flat(first))
+    fit(resumed, 2, last)
+    fit(whole, 2)
+    assert torch.equal(resumed.iterates[-1], whole.iterates[-1])
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_a_finished_run_that_is_resumed_ends_with_the_average(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="end")
+    module, again = Watched(), Watched()
+    for each, resume in ((module, None), (again, tmp_path / "end.ckpt")):
+        run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], max_epochs=1, enable_checkpointing=True)
+        run.fit(each, loader(), loader(), ckpt_path=resume)
+    assert len(again.iterates) == 1
+    assert torch.equal(flat(again), flat(module))
+
+
 def test_a_checkpoint_of_weights_alone_is_of_the_average(tmp_path):
     """Lightning does not ask callbacks for it."""
     module, keep = Watched(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=True)
@@ -74,6 +104,25 @@ def test_a_checkpoint_of_weights_alone_is_of_the_average(tmp_path):
         loaded.load_state_dict(torch.load(tmp_path / f"{epoch=}.ckpt", weights_only=True)["state_dict"])
         assert torch.equal(flat(loaded), validated)
     assert "save_checkpoint" not in vars(run.strategy)
+
+
+def test_weights_that_are_saved_as_a_run_fails_are_of_the_average(tmp_path):
+    class Failing(Watched):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            if self.trainer.global_step == 5:
+                raise RuntimeError("a step that fails")
+
+    keep = ModelCheckpoint(tmp_path, filename="failed", save_on_exception=True, save_weights_only=True)
+    module = Failing()
+    run = trainer(tmp_path, callbacks=[ElraMonitor(averaged=True), keep], enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="a step that fails"):
+        run.fit(module, loader())
+    loaded = Watched()
+    loaded.load_state_dict(torch.load(tmp_path / "failed.ckpt", weights_only=True)["state_dict"])
+    expected = average(module.iterates, "elra_adamw").float()
+    torch.testing.assert_close(flat(loaded), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(flat(module), module.iterates[-1])
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -114,6 +163,13 @@ def test_several_optimizers_are_averaged():
     run.fit(module, loader())
     for optimizer in run.optimizers:
         assert all(not state["way"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("other", [StochasticWeightAveraging(1e-2), EMAWeightAveraging()], ids=lambda each: type(each).__name__)
+def test_another_average_is_refused(other):
+    """The model would end as neither: its weights would be moved as if they were the iterate."""
+    with pytest.raises(ValueError, match=f"does not go with {type(other).__name__}"):
+        trainer(callbacks=[ElraMonitor(averaged=True), other], max_epochs=3).fit(Watched(), loader())
 
 
 def test_the_papers_rule_is_refused():

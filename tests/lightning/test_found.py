@@ -93,14 +93,14 @@ def test_the_finder_sees_each_step_of_a_batch():
 
 
 @pytest.mark.parametrize("steps", [20, None])
-@pytest.mark.parametrize("monitored", [False, True])
-def test_the_finder_leaves_no_trace(steps, monitored, tmp_path, capsys):
+@pytest.mark.parametrize("monitors", [[], [{}], [{"averaged": True}]])
+def test_the_finder_leaves_no_trace(steps, monitors, tmp_path, capsys):
     finder, checkpoints = RateFinder(steps), ModelCheckpoint(tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
     module = Changing(lambda module: configure_elra(module, "elra_adamw", weight_decay=0.1, scheduler=warming))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     run = trainer(
         tmp_path,
-        callbacks=[finder, checkpoints, *([ElraMonitor()] if monitored else [])],
+        callbacks=[*(ElraMonitor(**options) for options in monitors), finder, checkpoints],
         max_epochs=50,
         enable_checkpointing=True,
     )

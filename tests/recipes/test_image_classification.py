@@ -226,6 +226,10 @@ WRONG = {
     "optimizer": (["--optimizer", "ElraC2Mni"], "--optimizer ElraC2Mni: no such class; did you mean ElraC2Min?"),
     "optimizer's option": (["--optimizer", "ElraC2Min", "--optimizer.gian", "0.4"], "'gian' is not accepted"),
     "optimizer's value": (["--optimizer.gain", "7"], "gain=7"),
+    "no logs": (
+        ["--trainer.max_steps", "2", "--trainer.log_every_n_steps", "9"],
+        "steps 9: no loss was logged",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipes.cli import run
+from recipes.sweep import read
 from recipes.text_classification.train import main
 from tests.recipes.conftest import run_recipe, sentences, write_csv
 
@@ -108,6 +109,16 @@ def test_given_splits_are_used_as_they_are(tiny_model: str, tmp_path: Path):
     assert "accuracy (validation)" in card
 
 
+def test_what_a_resumed_run_is_compared_with_begins_anew(tiny_model: str, rows_csv: str, tmp_path: Path):
+    """The checkpoint is one of another optimizer."""
+    given = ["--model_name_or_path", tiny_model, "--train_file", rows_csv, "--output_dir", str(tmp_path), *SMALL]
+    given += ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true"]
+    run(main, given)
+    resumed = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2"), "--compare", "adamw_torch"]
+    run(main, [*given, *resumed])
+    assert [row["optimizer"] for row in read(tmp_path / "results.csv")] == ["elra_adamw", "adamw_torch"]
+
+
 def test_two_processes_write_one_card(tiny_model: str, rows_csv: str, tmp_path: Path):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
     given = ("--model_name_or_path", tiny_model, "--train_file", rows_csv, "--output_dir", str(tmp_path))
@@ -127,6 +138,9 @@ WRONG = {
     "empty cell": (["--train_file", "{tmp}/hole.csv"], "1 of 3 rows have nothing in column text"),
     "unknown label": (["--train_file", "{rows}", "--validation_file", "{tmp}/one.csv"], "that the training data lack: x"),
     "fractional label": (["--train_file", "{tmp}/score.csv"], "it does not do regression"),
+    "one class": (["--train_file", "{tmp}/same.csv"], "column label has one class only"),
+    "lists as labels": (["--train_file", "{tmp}/lists.jsonl"], "give one string or whole number a row"),
+    "labels as texts": (["--train_file", "{rows}", "--text_column_name", "label"], "that is the column of the labels"),
     "no label column": (["--train_file", "{rows}", "--label_column_name", "lable"], "did you mean label?"),
     "no text column": (["--train_file", "{rows}", "--text_column_name", "txt"], "did you mean text?"),
     "which text column": (["--train_file", "{tmp}/wide.csv"], "--text_column_name is needed"),
@@ -144,6 +158,8 @@ WRONG = {
     "no logs": (["--logging_strategy", "no"], "there would be no rate to draw"),
     "optimizer's option": (["--optim", "elra_c2min", "--optim_args", "gian=0.4"], "gain"),
     "optimizer's value": (["--optim_args", "gain=7"], "gain"),
+    "optimizer's rate": (["--learning_rate", "0"], "--optim elra_adamw: lr=0.0 is invalid"),
+    "optimizer's decay": (["--weight_decay", "-1"], "weight_decay=-1.0 is invalid"),
 }
 
 
@@ -156,6 +172,8 @@ def test_wrong_input_ends_with_one_line_and_status_2(options, message, tiny_mode
     write_csv(tmp_path / "one.csv", [("just one", "x")])
     write_csv(tmp_path / "hole.csv", [("one", "x"), ("", "y"), ("two", "y")])
     write_csv(tmp_path / "score.csv", [("one", "0.5"), ("two", "1.5")])
+    write_csv(tmp_path / "same.csv", [(text, "x") for text, _ in sentences(40)])
+    (tmp_path / "lists.jsonl").write_text('{"text": "one", "label": ["x"]}\n')
     write_csv(tmp_path / "wide.csv", [("one", "two", "x")], header=("a", "b", "label"))
     options = [option.format(tmp=tmp_path, rows=rows_csv) for option in options]
     model = [] if "--model_name_or_path" in options else ["--model_name_or_path", tiny_model]
