@@ -146,7 +146,8 @@ class Cells(Gatherer):
             **{name: value.expand_as(now) for name, value in verdict.witness.items()},
             "cos": torch.where(taken, own["cos"], groups["cos"]),
             "restarts": groups["restarts"] + verdict.bad,
-            "skipped": (~torch.isfinite(verdict.square)).to(now).expand_as(now),
+            # a gradient of zeros teaches nothing, and heals nothing
+            "skipped": torch.where(verdict.square != 0, (~torch.isfinite(verdict.square)).to(now), groups["skipped"]),
             "clamps": groups["clamps"] + verdict.clamped,
             **{name: torch.where(taken, value, groups[name]) for name, value in verdict.lengths.items()},
             "peak": torch.where(taken, torch.maximum(groups["peak"], now), groups["peak"]),

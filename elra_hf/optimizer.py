@@ -95,7 +95,7 @@ class Elra(Launches):
             raise ValueError(f"restart_factor={restart_factor!r} is invalid: give a factor in (0, 1), e.g. 1/3")
         if not check_number("lr", lr) > 0.0:
             raise ValueError(
-                f"lr={lr!r} is invalid: it is the first rate and must be positive, e.g. 1e-5. "
+                f"lr={lr!r} is invalid: schedules and groups refer to it, and it must be positive, e.g. 1e-5. "
                 "To hold a parameter group still, set lr=0 in that group only"
             )
         self.direction = direction

@@ -33,7 +33,7 @@ def configure_elra(
     Args:
         module: holds the parameters, e.g. the LightningModule.
         name: "elra_c2min", "elra_p2min" or "elra_adamw".
-        lr: the first rate α_0; there is no need to tune it.
+        lr: what schedules and groups refer to; any value trains alike.
         weight_decay: decoupled weight decay, >= 0.
         scheduler: builds a learning-rate scheduler for the optimizer. It is stepped after every step, and multiplies.
         **options: further arguments of the optimizer, as ``gain`` or ``scope``.

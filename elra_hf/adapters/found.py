@@ -20,7 +20,7 @@ from elra_hf.reduce import local
 
 # Between as many and twice as many steps of a run are kept, at equal distances.
 KEPT = 512
-# A rate has settled when its mean over the last quarter of the run is within this factor of that over the quarter before.
+# A rate has settled when its mean over the last quarter of the search is within this factor of that over the quarter before.
 SETTLED = 1.2
 # A run shorter than that is not said to have settled.
 LEAST = 100
@@ -37,7 +37,8 @@ class Found:
         optimizer: the name of its class.
         adamw: whether it moves along AdamW's direction, so that its rate is one for AdamW.
         rates: of each parameter group.
-        drift: mean rate of the last quarter of the steps over that of the quarter before; of the group that drifts most.
+        drift: mean rate of the last quarter of the search over that of the quarter before; of the group that drifts most. Where
+            a schedule has fallen to half of its highest share the search is over, and the rate stands still for that reason.
         steps: how many steps were seen.
     """
 
@@ -131,10 +132,19 @@ class Trace:
         weights = torch.where(weights.sum(0) > 0, weights, 1.0)  # a group may be held still
         means = ((logs[n // 2 :] * weights).sum(0) / weights.sum(0)).exp()
         ratios = [float(full or 0.0) / float(base or 1.0) for full, base in self._ratios]
-        before, last = (part.mean(0) for part in (logs[n // 2 : n - n // 4], logs[n - n // 4 :]))
-        drift = (last - before)[(last - before).abs().argmax()].exp().item() if n >= 4 else math.inf
+        searching = shares > 0.5 * shares.cummax(0).values
+        drifts = [_drift(column[on]) for column, on in zip(logs.unbind(1), searching.unbind(1), strict=True)]
+        drift = math.exp(max(drifts, key=abs))
         rates = tuple(ratio * mean for ratio, mean in zip(ratios, means.tolist(), strict=True))
         return Found(self._name, self._adamw, rates, drift, self.steps)
+
+
+def _drift(logs: Tensor) -> float:
+    """Mean of the last quarter less that of the quarter before; infinite where that cannot be told."""
+    n = len(logs)
+    if 0 < n < 4:
+        return math.inf
+    return (logs[n - n // 4 :].mean() - logs[n // 2 : n - n // 4].mean()).item() if n else 0.0
 
 
 class Snapshot:

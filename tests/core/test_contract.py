@@ -406,6 +406,29 @@ def test_bad_gradients_take_from_the_rate_only_while_they_last(cls, broken, scop
     assert run(broken) == pytest.approx(run(1), rel=1e-6)
 
 
+@every
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_gradient_of_zeros_between_a_bad_one_and_a_sound_one_changes_nothing(cls, scope):
+    """As of a batch in which every label is masked: what the bad one took from the rate still comes back."""
+
+    def run(zeros):
+        model = net()
+        optimizer = cls(model.parameters(), lr=1e-3, scope=scope)
+        for t in range(12):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            if t == 9:
+                model[0].weight.grad[0, 0] = math.nan
+            optimizer.step()
+            for _ in range(zeros if t == 9 else 0):
+                for p in model.parameters():
+                    p.grad.zero_()
+                optimizer.step()
+        return optimizer.param_groups[0]["alpha"].item()
+
+    assert run(1) == pytest.approx(run(0), rel=1e-6)
+
+
 @pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
 @pytest.mark.parametrize("horizon", [20.0, math.inf])
 def test_an_explosion_takes_x_back(cls, horizon):

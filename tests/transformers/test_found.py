@@ -108,6 +108,15 @@ def test_a_rate_that_has_not_settled_is_called_so(alphas, settled, said):
     assert line.endswith("(linear).") if said is None else said in line
 
 
+def test_a_decay_does_not_hide_that_the_rate_still_rose():
+    """Once the schedule has fallen to its half, the rate stands still because the search is over."""
+    shares = [min(1.0, (step + 1) / 20) * (1.0 - step / 200) for step in range(200)]  # a warm-up, then a linear decay
+    rising = [1e-3 * 1.02 ** min(step, 100) for step in range(200)]
+    assert "still rising at the end" in trace_of(rising, shares=shares).found().line("linear")
+    level = [1e-3 * 1.02 ** min(step, 40) for step in range(200)]
+    assert trace_of(level, shares=shares).found().settled
+
+
 def test_steps_that_hardly_move_hardly_count():
     found = trace_of([1e-3] * 100 + [1e-2] * 100, shares=[1.0] * 150 + [0.0] * 50).found()
     assert found.rate == pytest.approx(1e-2)
