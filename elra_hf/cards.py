@@ -112,7 +112,7 @@ def write_card(
             dataset_name=dataset_id,
             dataset_split=split,
             metric_type=name,
-            metric_value=round(value, 4),
+            metric_value=round(float(value), 4),  # of NumPy's the hub reads none
         )
         for name, value in metrics.items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def restarts(log: Log) -> list[int]:
 
 def _draw(panel: Axes, points: Iterable[tuple[int, float]], color: str, label: str | None = None) -> None:
     """Draw values pale and their running mean over them."""
-    points = list(points)
+    points = [(step, value) for step, value in points if math.isfinite(value)]  # one nan would be in all means after it
     if not points:
         return
     steps = [step for step, _ in points]

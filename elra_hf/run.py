@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 from types import ModuleType
+from zipfile import is_zipfile
 
 import elra_hf  # noqa: F401  registers the optimizers
 from elra_hf.adapters.children import learn
@@ -74,27 +75,34 @@ def main() -> None:
     if as_module:
         if not _exists(args[0]):
             _stop(f"no module {args[0]!r}. For a script leave out -m, and give its path", 1)
-        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+        sys.modules["__main__"] = ModuleType("__main__")
+        runpy._run_module_as_main(args[0])  # type: ignore[attr-defined]
     else:
         # as `python SCRIPT` does: __file__ holds also after a chdir, and the script's folder is where -m put the current one
         script = os.path.abspath(args[0])
         if not getattr(sys.flags, "safe_path", False):  # with -P neither is there
             sys.path[0] = os.path.dirname(script) if args[0] != "-" else ""
-        if os.path.isfile(script) or os.path.isdir(script):
+        if os.path.isdir(script) or (os.path.isfile(script) and (script.endswith(".pyc") or is_zipfile(script))):
             runpy.run_path(script, run_name="__main__")
         else:
-            _run_stream(args[0])
+            _run_source(args[0])
     if replaced and not built():
         print(f"elra_hf.run: --replace {replaced}: this process built no torch.optim.AdamW", file=sys.stderr)
     if steps and not searched():
         print("elra_hf.run: --find-rate: this process itself trained with no Trainer of transformers", file=sys.stderr)
 
 
-def _run_stream(name: str) -> None:
-    """Run what standard input (``-``) or a pipe holds, which runpy would read twice."""
+def _run_source(name: str) -> None:
+    """Run the file ``name``, a pipe, or standard input (``-``).
+
+    runpy would read a pipe twice, and take ``__main__`` away at the end, in which threads and exit handlers look up classes.
+    """
+    module = ModuleType("__main__")
+    if name != "-" and os.path.isfile(name):
+        name = module.__file__ = os.path.abspath(name)
     with open(0 if name == "-" else name, "rb") as file:
-        code = compile(file.read(), "<stdin>" if name == "-" else name, "exec")
-    module = sys.modules["__main__"] = ModuleType("__main__")
+        code = compile(file.read(), "<stdin>" if name == "-" else name, "exec", dont_inherit=True)
+    sys.modules["__main__"] = module
     exec(code, vars(module))
 
 

@@ -252,6 +252,7 @@ class RateFinder(Callback):  # type: ignore[misc]
         self._search = Search(steps)
         self._unseen, self._enough = False, False
         self._callbacks: list[Any] = []
+        self._least: tuple[Any, Any] = (None, None)
 
     @property
     def found(self) -> Found | None:
@@ -259,7 +260,10 @@ class RateFinder(Callback):  # type: ignore[misc]
         return self._search.found
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set those aside that write checkpoints."""
+        """Set those aside that write checkpoints, and ``min_epochs`` and ``min_steps``, before which nothing may stop."""
+        loop = trainer.fit_loop
+        self._least = loop.min_epochs, loop.epoch_loop.min_steps
+        loop.min_epochs = loop.epoch_loop.min_steps = None
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [each for each in self._callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
 
@@ -302,8 +306,9 @@ class RateFinder(Callback):  # type: ignore[misc]
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Bring the others back, once: another Trainer has its own."""
+        """Bring them back, once: another Trainer has its own."""
         if self._callbacks:
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._least
             trainer.callbacks, self._callbacks = self._callbacks, []  # type: ignore[attr-defined]
 
 

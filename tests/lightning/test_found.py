@@ -236,3 +236,12 @@ def test_what_the_finder_cannot_search_is_refused():
         trainer(callbacks=[RateFinder()]).fit(sgd, loader())
     with pytest.raises(ValueError, match="RateFinder finds the rate of one optimizer, and this module has 2"):
         trainer(callbacks=[RateFinder()]).fit(Gan(), loader())
+
+
+@pytest.mark.parametrize("least", [{"min_epochs": 3}, {"min_steps": STEPS + 2}], ids=str)
+def test_a_search_stops_in_time_where_a_run_must_not_stop_early(least):
+    finder, module = RateFinder(4), Classifier(lambda module: optimizer_of("elra_adamw", module))
+    run = trainer(callbacks=[finder], max_epochs=5, **least)
+    run.fit(module, loader())
+    assert finder.found.steps == 4
+    assert {name: getattr(run.fit_loop, name) for name in least} == least

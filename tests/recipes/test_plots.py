@@ -1,8 +1,12 @@
 """The picture of a run, from its log."""
 
-import pytest
+import math
 
-from elra_hf.plots import plot_rates, restarts, series
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from elra_hf.plots import _draw, plot_rates, restarts, series
 
 LOG = [
     {"step": 1, "loss": 2.0, "learning_rate": 1e-5, "elra_cos": 0.0, "elra_restarts": 0},
@@ -36,3 +40,10 @@ def test_runs_with_and_without_cosine_share_a_picture(tmp_path):
 def test_a_log_without_losses_says_what_to_do():
     with pytest.raises(ValueError, match="logging_steps=1"):
         plot_rates({"run": [{"step": 1, "eval_loss": 1.0}]}, "never.png")
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_loss_does_not_end_the_mean_line(broken):
+    panel = Figure().subplots()
+    _draw(panel, [(1, 2.0), (2, broken), (3, 2.0)], "C0")
+    assert np.allclose(panel.lines[1].get_ydata()[-1], 2.0)

@@ -350,3 +350,29 @@ def test_help_names_the_optimizers_on_an_ascii_terminal():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("elra_c2min", "elra_p2min", "elra_adamw", "--replace AdamW="))
+
+
+@pytest.mark.parametrize("options", [["late.py"], ["-m", "late"]])
+def test_what_runs_after_the_script_finds_its_classes(options, tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import atexit, pickle, sys, threading, time\n"
+        "class Net: pass\n"
+        "def thread():\n"
+        "    time.sleep(0.3)\n"
+        "    print(type(pickle.loads(pickle.dumps(Net()))).__name__)\n"
+        "atexit.register(lambda: print(len(pickle.dumps(Net())) > 0))\n"
+        "threading.Thread(target=thread).start()\n"
+        "sys.exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "elra_hf.run", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["Net", "True"], done.stderr
+
+
+def test_annotations_mean_what_they_mean_without_us(tmp_path):
+    source = "def f(x: int): pass\nprint(f.__annotations__)"
+    (tmp_path / "script.py").write_text(source)
+    for name in (str(tmp_path / "script.py"), "-"):
+        done = subprocess.run([sys.executable, *RUN, name], input=source, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == "{'x': <class 'int'>}", done.stderr
