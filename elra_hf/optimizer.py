@@ -137,8 +137,7 @@ class Elra(Launches):
 
         Raises:
             ValueError: ``loss`` is not one number.
-            RuntimeError: a sparse gradient, sharded parameters whose group cannot be known, or a CUDA graph is captured that
-                would not repeat this step.
+            RuntimeError: a sparse gradient, slices whose group cannot be known, or a CUDA graph that would not repeat it.
         """
         if loss is not None and not is_number(loss):
             shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -148,12 +147,12 @@ class Elra(Launches):
             with torch.enable_grad():
                 result = closure()
         params = [p for group in self.param_groups for p in group["params"]]
-        # slices are written to by those who cut them
         captured = is_captured()
+        # slices are written to by those who cut them
         hands = None if torch.compiler.is_compiling() or self.process_group is not None else self._hands
         if hands is None:
             self._hands.forget()
-        if hands is not None and not captured:
+        elif not captured:
             hands.look(params, self.state, self.direction.power)
         ranks = self._ranks(params)
         buckets = self._gather(params, ranks)
