@@ -99,6 +99,7 @@ def of_one_type(grads: list[Tensor]) -> list[Tensor]:
 
 
 def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int, torch.dtype, bool]]) -> Layout:
+    """Where the tensors of these buckets lie, sorted into launches by what is constant in the kernels."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for b, (bucket, (_, grad, by_chance)) in enumerate(zip(buckets, key, strict=True)):
         momentum = "mean" in bucket.state or "momentum" in bucket.state

@@ -388,3 +388,23 @@ def test_a_state_that_comes_back_to_its_place_in_another_dtype(cls):
                 optimizer._plan = None
             optimizer.step()
     assert torch.equal(*runs)
+
+
+@every
+def test_states_that_change_places_are_found(cls):
+    """Those of two parameters of one shape, in the order that they had: only whose they are has changed."""
+    ends = []
+    for forgets in (False, True):
+        params = [torch.nn.Parameter(torch.linspace(-1.0, 1.0, 8) * k) for k in (1, 2)]
+        optimizer = cls(params)
+        for t in range(8):
+            if t == 5:
+                first, second = (optimizer.state.pop(p) for p in params)
+                optimizer.state[params[1]], optimizer.state[params[0]] = first, second
+            if forgets:
+                optimizer._plan = None
+            for p in params:
+                p.grad = p.detach() * torch.linspace(0.1, 1.0, 8)
+            optimizer.step()
+        ends.append(torch.cat([p.detach() for p in params]))
+    assert torch.equal(*ends)

@@ -164,13 +164,13 @@ class Tape(TorchDispatchMode):
 
 @pytest.mark.parametrize("cls", [ElraAdamW, ElraC2Min, ElraP2Min])
 def test_a_step_on_tape_is_a_step(cls, monkeypatch):
-    """Bit for bit, with a schedule that fills the tensor lr; no GPU is needed to see what a replay would not repeat."""
+    """Bit for bit, with a schedule that fills the tensor lr, also above its first value; no GPU is needed for that."""
     monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
 
     def made():
         model = net()
         optimizer = cls(groups(model), lr=torch.tensor(1e-3))
-        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 6) * (1 - t / 20))
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.5, (t + 1) / 4) * (1 - t / 20))
 
     (model, optimizer, schedule), (other, taped, slower) = made(), made()
     tape = Tape(monkeypatch)
@@ -350,3 +350,24 @@ def test_a_rate_for_each_layer_takes_few_launches(monkeypatch):
     layers = [{"params": [p], "lr": 1e-3 * 0.9**k} for k, p in enumerate(model.parameters())]
     assert len(layers) == 26
     assert train(ElraAdamW(layers), model, 4) == 2
+
+
+@pytest.mark.parametrize("what", ["weights", "states"])
+@pytest.mark.parametrize("cls", [ElraAdamW, ElraC2Min])
+def test_what_was_moved_to_another_place_is_found_there(cls, what, monkeypatch):
+    """As an offloader does it: the tensor is the same, and its memory is not. The addresses are kept from step to step."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    models = [net(), net()]
+    optimizers = [cls(groups(model)) for model in models]
+    left = []
+    for moves, optimizer, model in zip((False, True), optimizers, models, strict=True):
+        train(optimizer, model, 5)
+        states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+        for tensor in (list(model.parameters()) if what == "weights" else states) if moves else []:
+            left.append(tensor.data)
+            tensor.data = tensor.data.clone()
+            left[-1].fill_(torch.nan)
+        train(optimizer, model, 3)
+    assert left
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
