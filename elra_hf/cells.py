@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
         bad: a restart; 0-dim bool.
         back: the restart undoes what led to it; 0-dim bool.
         clamped: a rate met its bounds; 0-dim bool.
-        square: ‖G_t‖² in the metric of the direction, 0-dim.
+        square: ‖G_t‖², 0-dim.
     """
 
     alpha: Tensor

@@ -92,9 +92,17 @@ class Groups(Optimizer):
     _all_groups: list[dict[str, Any]]
 
     @property
+    def _passing(self) -> tuple[str, ...]:
+        """The products that a step takes in passing, for the next one; none where they are measured beforehand."""
+        return tuple(sorted(self.rule.needs)) if self.direction.passing else ()
+
+    @property
     def _cell_names(self) -> dict[str, float]:
-        """What is kept for each rate beside α, with start values: sizes of the weights, steps taken, the memory of the rule."""
-        return {"scale": 0.0, **dict.fromkeys(SIZES, 0.0), "steps": 0.0, **self.rule.memory}
+        """What is kept for each rate beside α, with start values.
+
+        Sizes of the weights, steps taken, the memory of the rule, and products of the step before.
+        """
+        return {**dict.fromkeys(("scale", *SIZES, "steps"), 0.0), **self.rule.memory, **dict.fromkeys(self._passing, 0.0)}
 
     @property
     def _scalars(self) -> dict[str, float]:

@@ -20,8 +20,8 @@ class Judge(Cells):
 
     @property
     def _needs(self) -> tuple[str, ...]:
-        """The products that are measured, in their order; the last is ``gg``."""
-        return (*sorted(self.rule.needs - {"gg"}), "gg")
+        """The products that are measured before the step, in their order; the last is ``gg``."""
+        return ("gg",) if self._passing else (*sorted(self.rule.needs - {"gg"}), "gg")
 
     def _decide(
         self,
@@ -34,12 +34,13 @@ class Judge(Cells):
         """Let the rule adapt the rates; restart, or bound them."""
         needs, alpha = self._needs, before["alpha"]
         live = total[:, len(needs) + 2] != 0
-        sums = torch.cat([total.sum(0), self._unbounded(alpha, before["scale"]).sum()[None]])
+        dots = dict(zip(needs, total.unbind(1), strict=False)) | {name: before[name] for name in self._passing}
+        # whether the gradient points back to the average of the iterates, of which the paper's rule has none
+        ahead = dots.get("gs", torch.zeros_like(alpha))
+        sums = torch.cat([total.sum(0), torch.stack([self._unbounded(alpha, before["scale"]).sum(), ahead.sum()])])
         if self._apart:  # all restart, or none
             dist.all_reduce(sums, group=self.process_group)
-        square, known, unbounded = sums[len(needs)], sums[len(needs) + 1], sums[-1]
-        # whether the gradient points back to the average of the iterates; the paper's rule has none, and a square is never < 0
-        overshot = (sums[needs.index("gs")] if "gs" in needs else known) < 0
+        square, known, unbounded, overshot = sums[len(needs)], sums[len(needs) + 1], sums[-2], sums[-1] < 0
         memory = {name: before[name] for name in self._cell_names}
         young = memory["steps"] == 0  # ranks, groups and tensors may be born one by one
         for name, column in zip(SIZES, total[:, len(needs) + 3 :].unbind(1), strict=False):
@@ -47,7 +48,6 @@ class Judge(Cells):
         logs, count, fans, entries, size = (memory[name] for name in SIZES)
         typical = torch.where(count > 0, logs / count, fans / entries).exp()
         memory["scale"] = torch.where(entries > 0, typical, memory["scale"])
-        dots = dict(zip(needs, total.unbind(1), strict=False))
         # weights that start at 0 count as what is drawn for others of their shape
         dots |= {"scale": memory["scale"], "size": torch.where(size > 0, size, entries * typical.square())}
         weight, reached = self._weights(groups, shares)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import kernels
 from .cells import Verdict
-from .directions import Move
+from .directions import PRODUCTS, Move
 from .hands import FOLLOWED, Hands
 from .judge import Judge
 from .pieces import SIZES, Bucket
@@ -22,24 +23,62 @@ from .reduce import all_sum
 
 log = logging.getLogger(__name__)
 
+Function = Callable[..., tuple[Tensor, ...]]
+
 # The largest η·weight_decay of a step. Where gradients vanish, as on separable data, α may grow until this alone would
 # bring all weights to zero within a few steps.
 MOST_DECAY = 0.01
 
 
+class Summed:
+    """A function of sums over ranks as one launch, or two where parameters are sharded.
+
+    Args:
+        add: the parts of the sums that this rank has, one for each member of ``ranks``, from the first three of ``inputs``: the
+            products of the buckets, the table and the shares.
+        then: of the sums and the rest of ``inputs``.
+        ranks: the groups of ranks of the parameters.
+        inputs: examples, whose numbers mean nothing.
+        outputs: examples of what ``then`` returns.
+    """
+
+    def __init__(self, add: Function, then: Function, ranks: list[Ranks], inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        from .kernels.fuse import Fused
+
+        rows, *rest = inputs
+        self._parts = dict(zip(dict.fromkeys(ranks), add(*inputs[:3]), strict=True))
+        self._add = Fused(add, inputs[:3]) if any(ranks) else None
+        if self._add:
+            rows = next(iter(self._parts.values()))
+            self._add(inputs[:3], [torch.empty_like(part) for part in self._parts.values()])
+            self._then = Fused(then, [rows, *rest])
+        else:
+            self._then = Fused(lambda rows, *rest: then(*add(rows, *rest[:2]), *rest), inputs)
+        self._then([rows, *rest], outputs)
+
+    def __call__(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Write the results to ``outputs``, which may be among ``inputs``."""
+        rows, *rest = inputs
+        if self._add:
+            parts = {of: torch.empty_like(part) for of, part in self._parts.items()}
+            self._add(inputs[:3], [*parts.values()])
+            rows = all_sum(parts)
+        self._then([rows, *rest], outputs)
+
+
 class Programs(NamedTuple):
-    """A step's functions of a few numbers, each a launch.
+    """A step's functions of a few numbers.
 
     Attributes:
-        before: what the kernels measure with, from the table and the counts.
-        weigh: the parts of the sums, from the products of the buckets, the table and the shares.
-        decide: the next table twice, what the kernels update with and the next counts; from sums, table, shares and counts.
+        decide: the next table twice, what the kernels update with, whether G_t is taken, and the next counts; from the products
+            of the buckets, the table, the shares and the counts.
+        note: the next table, from the products taken in passing, the table, the shares and whether G_t is taken; None where
+            there are none.
         counts: the slots of each bucket's counts among the distinct ones.
     """
 
-    before: Any
-    weigh: Any
-    decide: Any
+    decide: Summed
+    note: Summed | None
     counts: tuple[dict[str, int], ...]
 
 
@@ -56,30 +95,40 @@ class Launches(Judge):
 
     def _last(self, bucket: Bucket, alpha: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """η of the last step, 0 where that did not move these tensors."""
-        return alpha[bucket.cell] * 0.0 if bucket.idle else self._met(bucket, alpha, groups)
+        return alpha[bucket.cell] * (0.0 if bucket.idle else groups["multiplier"][bucket.index])
 
-    def _met(self, bucket: Bucket, alpha: Tensor, groups: dict[str, Tensor]) -> Tensor:
-        """η that G_t is weighed with in the metric that it is measured in: that of the last step.
+    def _parts(self, ranks: list[Ranks], like: Tensor, columns: int) -> dict[Ranks, Tensor]:
+        """Room for the sums of each cell, by the groups of ranks that hold the rest of them, shape (cells, columns).
 
-        Also for tensors that sat that step out: entries that were never met would be an infinite length, beside which no cosine
-        is seen.
+        Every rank enters every collective, also with nothing to add.
         """
-        return alpha[bucket.cell] * groups["multiplier"][bucket.index]
+        return {of: like.new_zeros(len(self._of_cells(like[:, 0])), columns) for of in dict.fromkeys(ranks)}
 
     def _weigh(self, bucket: Bucket, products: Tensor, sizes: Tensor, shares: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """What a bucket adds to the sums of its cell, shape (columns,); see `Elra._measure`."""
         full = shares[bucket.index, 0]
         known, live = self.scope == "global" or not (bucket.new or bucket.idle), full > 0
         square = products[-1:]
-        return torch.cat([products * self._metric(bucket, full, groups), square, square * known, square * live, sizes * live])
+        metric = self._metric(bucket, self._needs, full, groups)
+        return torch.cat([products * metric, square, square * known, square * live, sizes * live])
 
-    def _metric(self, bucket: Bucket, full: Tensor, groups: dict[str, Tensor]) -> Tensor:
+    def _note(self, bucket: Bucket, products: Tensor, shares: Tensor, groups: dict[str, Tensor]) -> Tensor:
+        """What a bucket adds to the `_passing` of its cell, from the `PRODUCTS` taken in passing."""
+        found = [products[PRODUCTS.index(name)] for name in self._passing]
+        return torch.stack(found) * self._metric(bucket, self._passing, shares[bucket.index, 0], groups) if found else products
+
+    def _noted(self, total: Tensor, taken: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the next step sees of the products taken in passing; of a step that was not taken nothing."""
+        found = dict(zip(self._passing, total.unbind(1), strict=True))
+        return {name: torch.where(taken & (found["gg"] != 0), value, before[name]) for name, value in found.items()}
+
+    def _metric(self, bucket: Bucket, names: tuple[str, ...], full: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """What the products of a group weigh: gradients by how far the group moves, ways by its inverse."""
         if "pp" in self.rule.needs:  # products along the last step, by how far that went
             return torch.zeros_like(full) if bucket.idle else groups["multiplier"][bucket.index]
         inverse = torch.where(full > 0, 1.0 / full, 0.0)
         by_name = {"gg": full, "gm": full, "mm": full, "gs": torch.ones_like(full), "ss": inverse}
-        return torch.stack([by_name[need] for need in self._needs])
+        return torch.stack([by_name[name] for name in names])
 
     def _move(self, bucket: Bucket, verdict: Verdict, shares: Tensor, groups: dict[str, Tensor]) -> Move:
         """The verdict for one bucket, in 0-dim tensors."""
@@ -152,63 +201,62 @@ class Launches(Judge):
         """Trace the functions, and try the programs on numbers of no meaning."""
         triton, like, names, needs = kernels.accelerated(), self._table, self._names, self._needs
         assert like is not None
-        positions = [triton.PRODUCTS.index(need) for need in needs]
-
-        def counts_of(counts: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
-            return [{name: counts[slot] for name, slot in own.items()} for own in slots]
-
-        def before(table: Tensor, *counts: Tensor) -> tuple[Tensor, ...]:
-            groups = dict(zip(names, table.unbind(1), strict=True))
-            alpha, rows = self._recall([], groups)["alpha"], []
-            for bucket, own in zip(buckets, counts_of(counts), strict=True):
-                met = self._met(bucket, alpha, groups)
-                rows.append(triton.numbers(self.direction, bucket, own, Move(met, None, 1.0, 0.0, 1.0, met), table))
-            return (torch.stack(rows),)
+        positions = [PRODUCTS.index(need) for need in needs]
 
         def weigh(rows: Tensor, table: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
             groups = dict(zip(names, table.unbind(1), strict=True))
-            cells = len(self._recall([], groups)["alpha"])
-            parts = {of: [table.new_zeros(len(needs) + 3 + len(SIZES))] * cells for of in dict.fromkeys(ranks)}
-            for bucket, row in zip(buckets, rows.unbind(), strict=True):
-                products = torch.stack([row[position] for position in positions])
-                added = self._weigh(bucket, products, table.new_zeros(len(SIZES)), shares, groups)
-                parts[bucket.ranks][bucket.cell] = parts[bucket.ranks][bucket.cell] + added
-            return tuple(torch.stack(part) for part in parts.values())
+            no_sizes = table.new_zeros(len(SIZES))
+
+            def row_of(bucket: Bucket, row: Tensor) -> Tensor:
+                return self._weigh(bucket, torch.stack([row[k] for k in positions]), no_sizes, shares, groups)
+
+            return self._added(buckets, ranks, shares, list(map(row_of, buckets, rows.unbind())))
 
         def decide(total: Tensor, table: Tensor, shares: Tensor, *counts: Tensor) -> tuple[Tensor, ...]:
             groups = dict(zip(names, table.unbind(1), strict=True))
             verdict = self._decide(total, groups, self._recall([], groups), shares, None)
             rows, after = [], dict(enumerate(counts))
-            for bucket, own, places in zip(buckets, counts_of(counts), slots, strict=True):
+            for bucket, places in zip(buckets, slots, strict=True):
+                own = {name: counts[slot] for name, slot in places.items()}
                 move = self._move(bucket, verdict, shares, groups)
                 rows.append(triton.numbers(self.direction, bucket, own, move, table))
                 after |= {places[name]: value for name, value in self.direction.count(bucket.group, own, move).items()}
             written = self._written(verdict, groups, shares)
-            return written, written, torch.stack(rows), *after.values()
+            return written, written, torch.stack(rows), verdict.taken.to(table), *after.values()
 
-        cells, columns = len(self._of_cells(like[:, 0])), len(needs) + 3 + len(SIZES)
+        def weigh_passing(rows: Tensor, table: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
+            groups = dict(zip(names, table.unbind(1), strict=True))
+            found = [self._note(bucket, row, shares, groups) for bucket, row in zip(buckets, rows.unbind(), strict=True)]
+            return self._added(buckets, ranks, shares, found)
+
+        def note(total: Tensor, table: Tensor, shares: Tensor, taken: Tensor) -> tuple[Tensor, ...]:
+            groups = dict(zip(names, table.unbind(1), strict=True))
+            noted = self._noted(total, taken != 0, self._recall([], groups))
+            groups |= {name: value.expand(len(table)) for name, value in noted.items()}
+            return (torch.stack([groups[name] for name in names], 1),)
+
+        rows, shares, table = like.new_ones(len(buckets), len(PRODUCTS)), like.new_ones(len(like), 2), torch.ones_like(like)
         counts = [like.new_ones(()) for _ in {slot for own in slots for slot in own.values()}]
-        rows, shares, total = like.new_ones(len(buckets), 5), like.new_ones(len(like), 2), like.new_ones(cells, columns)
-        numbers, table = like.new_ones(len(buckets), len(triton.NUMBERS)), torch.ones_like(like)
-        parts = [torch.ones_like(total) for _ in dict.fromkeys(ranks)]
+        numbers, taken = like.new_ones(len(buckets), len(triton.NUMBERS)), like.new_ones(())
         try:
-            from .kernels.fuse import Fused
-
-            result = Programs(
-                Fused(before, [table, *counts]),
-                Fused(weigh, [rows, table, shares]),
-                Fused(decide, [total, table, shares, *counts]),
-                slots,
+            decides = Summed(
+                weigh, decide, ranks, [rows, table, shares, *counts], [table, table.clone(), numbers, taken, *counts]
             )
-            result.before([table, *counts], [numbers])
-            result.weigh([rows, table, shares], parts)
-            result.decide([total, table, shares, *counts], [table, torch.ones_like(table), numbers, *counts])
+            notes = Summed(weigh_passing, note, ranks, [rows, table, shares, taken], [table]) if self._passing else None
         except Exception as error:  # whatever the compiler has to say, the long way is open
             log.debug("elra_hf: the decision takes many launches: %s", error)
             return None
-        return result
+        return Programs(decides, notes, slots)
 
-    def _launch(self, programs: Programs, buckets: list[Bucket], ranks: list[Ranks], shares: Tensor) -> None:
+    def _added(self, buckets: list[Bucket], ranks: list[Ranks], shares: Tensor, rows: list[Tensor]) -> tuple[Tensor, ...]:
+        """The sums of each cell of what the buckets add, by the groups of ranks, without writing to a tensor."""
+        cells = len(self._of_cells(shares[:, 0]))
+        parts = {of: [torch.zeros_like(rows[0])] * cells for of in dict.fromkeys(ranks)}
+        for bucket, row in zip(buckets, rows, strict=True):
+            parts[bucket.ranks][bucket.cell] = parts[bucket.ranks][bucket.cell] + row
+        return tuple(torch.stack(part) for part in parts.values())
+
+    def _launch(self, programs: Programs, buckets: list[Bucket], shares: Tensor) -> None:
         """Measure, reduce, decide and update."""
         triton, table = kernels.accelerated(), self._table
         assert table is not None
@@ -216,14 +264,11 @@ class Launches(Judge):
         for bucket, own in zip(buckets, programs.counts, strict=True):
             found |= {slot: bucket.counts[name] for name, slot in own.items()}
         counts = [found[slot] for slot in range(len(found))]
+        rows = triton.measure(self.direction, buckets)
+        shown, taken = torch.empty_like(table), table.new_empty(())
         numbers = table.new_empty(len(buckets), len(triton.NUMBERS))
-        programs.before([table, *counts], [numbers])
-        rows = triton.measure(self.direction, buckets, numbers)
-        cells = len(self._of_cells(table[:, 0]))
-        parts = {of: table.new_empty(cells, len(self._needs) + 3 + len(SIZES)) for of in dict.fromkeys(ranks)}
-        programs.weigh([rows, table, shares], [*parts.values()])
-        total = all_sum(parts)
-        shown = torch.empty_like(table)
-        programs.decide([total, table, shares, *counts], [table, shown, numbers, *counts])
-        triton.update(self.direction, buckets, numbers)
+        programs.decide([rows, table, shares, *counts], [table, shown, numbers, taken, *counts])
+        rows = triton.update(self.direction, buckets, numbers)
+        if programs.note:
+            programs.note([rows, table, shares, taken], [table])
         self._show_all(shown)

@@ -163,7 +163,7 @@ class Elra(Launches):
             if captured:
                 self._require_repeatable(programs is not None)
             if programs is not None:
-                self._launch(programs, buckets, ranks, shares)
+                self._launch(programs, buckets, shares)
             else:
                 self._step(params, buckets, ranks, groups, shares, loss)
             for group in self.param_groups:
@@ -188,7 +188,7 @@ class Elra(Launches):
     ) -> None:
         """Measure, reduce, decide and update."""
         before = self._recall(params, groups)
-        parts = self._measure(buckets, ranks, shares, groups, before["alpha"])
+        parts = self._measure(buckets, ranks, shares, groups)
         total = all_sum(parts)
         verdict = self._decide(total, groups, before, shares, loss)
         if self.check_sync and not self._apart:
@@ -197,13 +197,16 @@ class Elra(Launches):
             n = len(self._needs)
             # gg; what follows from x_t alone; and products with the state, which may have been loaded on some ranks only
             require_same(seen[..., n + 3 :], seen[..., n], torch.cat([verdict.alpha, seen[..., :n].flatten()]))
-        self._update(buckets, [self._move(bucket, verdict, shares, groups) for bucket in buckets])
+        moves = [self._move(bucket, verdict, shares, groups) for bucket in buckets]
+        passing = self._update(buckets, moves, ranks, shares, groups)
+        if self._passing:
+            verdict = verdict._replace(memory={**verdict.memory, **self._noted(all_sum(passing), verdict.taken, before)})
         self._publish(params, verdict, self._written(verdict, groups, shares))
 
     # ---- measure ----------------------------------------------------------------------------------------------------------
 
     def _measure(
-        self, buckets: list[Bucket], ranks: list[Ranks], shares: Tensor, groups: dict[str, Tensor], alpha: Tensor
+        self, buckets: list[Bucket], ranks: list[Ranks], shares: Tensor, groups: dict[str, Tensor]
     ) -> dict[Ranks, Tensor]:
         """This rank's inner products of each cell, by the groups of ranks that hold the rest of them, shape (cells, columns).
 
@@ -212,24 +215,28 @@ class Elra(Launches):
         newborn tensors (see `SIZES`); and with ``check_sync`` ‖x_t‖².
         """
         needs = self._needs
-        columns = len(needs) + 3 + len(SIZES) + self.check_sync
-        # every rank enters every collective, also with nothing to add
-        parts = {of: alpha.new_zeros(len(alpha), columns) for of in dict.fromkeys(ranks)}
+        parts = self._parts(ranks, shares, len(needs) + 3 + len(SIZES) + self.check_sync)
         for bucket in buckets:
-            names, met = tuple(bucket.counts), self._met(bucket, alpha, groups)
-            *values, met = read(bucket, *bucket.counts.values(), met)
-            products = kernels.measure(self.direction, bucket, dict(zip(names, values, strict=True)), met, needs).to(alpha)
-            row = self._weigh(bucket, products, bucket.sizes().to(alpha), shares, groups)
+            counts = dict(zip(bucket.counts, read(bucket, *bucket.counts.values()), strict=True))
+            products = kernels.measure(self.direction, bucket, counts, needs).to(shares)
+            row = self._weigh(bucket, products, bucket.sizes().to(shares), shares, groups)
             if self.check_sync:
                 squares = [dot(p.to(bucket.dtype), p.to(bucket.dtype)) for p in bucket.params]
-                row = torch.cat([row, torch.stack(squares).sum()[None].to(alpha)])
+                row = torch.cat([row, torch.stack(squares).sum()[None].to(shares)])
             parts[bucket.ranks][bucket.cell] += row
         return parts
 
     # ---- update -----------------------------------------------------------------------------------------------------------
 
-    def _update(self, buckets: list[Bucket], moves: list[Move]) -> None:
-        """Take the step, or undo what led to an explosion."""
+    def _update(
+        self, buckets: list[Bucket], moves: list[Move], ranks: list[Ranks], shares: Tensor, groups: dict[str, Tensor]
+    ) -> dict[Ranks, Tensor]:
+        """Take the step, or undo what led to an explosion.
+
+        Returns:
+            This rank's products taken in passing, as `_measure` returns those taken before, shape (cells, len(`_passing`)).
+        """
+        parts = self._parts(ranks, shares, len(self._passing))
         counted: dict[int, tuple[Bucket, Move, dict[str, Any]]] = {}
         for bucket, move in zip(buckets, moves, strict=True):
             given = {name: value for name, value in move._asdict().items() if value is not None}
@@ -237,11 +244,13 @@ class Elra(Launches):
             counts = dict(zip(bucket.counts, values, strict=False))
             move = move._replace(**dict(zip(given, values[len(counts) :], strict=True)))
             if not isinstance(move.taken, float) or move.taken or not move.kept:
-                kernels.update(self.direction, bucket, counts, move)
+                found = kernels.update(self.direction, bucket, counts, move).to(shares)
+                parts[bucket.ranks][bucket.cell] += self._note(bucket, found, shares, groups)
             counted[id(bucket.counts["step"])] = bucket, move, counts
         for bucket, move, counts in counted.values():
             for name, value in self.direction.count(bucket.group, counts, move).items():
                 bucket.counts[name].copy_(value) if isinstance(value, Tensor) else bucket.counts[name].fill_(value)
+        return parts
 
 
 def read(bucket: Bucket, *values: Any) -> list[Any]:

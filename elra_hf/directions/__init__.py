@@ -7,11 +7,12 @@ tensors elsewhere, so that nothing waits for a device.
 """
 
 from .adam import Adam
-from .base import Counts, Direction, Move, Numbers, check_betas, gradient, share
+from .base import PRODUCTS, Counts, Direction, Move, Numbers, check_betas, gradient, share
 from .momentum import Momentum
 from .successive import SuccessiveGradients
 
 __all__ = [
+    "PRODUCTS",
     "Adam",
     "Counts",
     "Direction",

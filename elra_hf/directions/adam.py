@@ -23,9 +23,9 @@ class Adam:
     its bias correction. Otherwise what was met while the rate was looked for, high up and at tiny rates, would damp the first
     steps at the rate found, and stay in v for the whole of a short run. η_t/S_t of m is 1 - β1 at least: where the rate falls,
     m forgets as Adam's does.
-    Gradients are measured with P_t^{-1} and ways with P_t; G_t is in P_t by the weight of the step before, so that an entry
-    that was never met is no infinite length. A bad gradient is left out, and nothing is forgotten; where a step has exploded x
-    goes back to the average of the iterates before it, and m is forgotten.
+    Gradients are measured with P_t^{-1} and ways with P_t, in passing: while step t is taken, which spares a reading of all
+    state, and serves the rate of step t + 1. Before it ‖G_t‖² alone is measured. A bad gradient is left out, and nothing is
+    forgotten; where a step has exploded x goes back to the average of the iterates before it, and m is forgotten.
     State: m and x̄ - x in the parameter's dtype; v in float32 at least, since a change by 1-β2 = 0.001 is below the resolution
     of bfloat16, and a v kept there would never fall.
 
@@ -40,6 +40,7 @@ class Adam:
     counters: ClassVar[tuple[str, ...]] = ("step", "mean_weight", "variance_weight")
     explodes: ClassVar[bool] = False
     relative: ClassVar[bool] = True
+    passing: ClassVar[bool] = True
     power: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -79,24 +80,10 @@ class Adam:
         newest = share(counts["step"] + 1.0, self.power)
         return Numbers(1.0 - of_mean, group["betas"][1], group["eps"], of_variance, 0.0, rate, newest)
 
-    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
-        c = self.numbers(piece.bucket.group, counts, last)
-        fresh = c.fresh
-        g, way = piece.g, piece.state["way"]
-        metric = piece.state["variance"] * (1.0 - fresh)
-        if isinstance(fresh, float):
-            metric.addcmul_(g, g, value=fresh)
-        else:
-            metric.addcmul_(g * fresh, g)
-        metric.sqrt_().add_(c.eps)
-        work = g / metric
-        found = {"gg": dot(work, g), "gs": dot(g, way)}
-        found["gm"] = dot(work, piece.state["mean"])
-        found["ss"] = dot(torch.mul(way, metric, out=work), way)
-        found["mm"] = dot(torch.div(piece.state["mean"], metric, out=work), piece.state["mean"])
-        return [found[need] for need in needs]
+    def measure(self, piece: Piece, counts: Counts, needs: tuple[str, ...]) -> list[Tensor]:
+        return [dot(piece.g, piece.g)]
 
-    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+    def update(self, piece: Piece, counts: Counts, move: Move) -> list[Tensor]:
         c = self.numbers(piece.bucket.group, counts, move.rate)
         p, way, m, v = piece.p, piece.state["way"], piece.state["mean"], piece.state["variance"]
         g = gradient(piece, move)
@@ -104,22 +91,27 @@ class Adam:
             add_scaled(p, way, move.back * self._reach(counts["step"]))
             way.mul_(1.0 - move.back)
             m.mul_(1.0 - move.back)
-        if move.decay is not None:
-            decayed = decaying(p)
-            add_scaled(way, decayed, move.decay)
-            add_scaled(p, decayed, -move.decay)
-        m.lerp_(g, (1.0 - c.beta1) * move.taken)
         fresh = c.fresh * move.taken
         v.mul_(1.0 - fresh)
         if isinstance(fresh, float):
             v.addcmul_(g, g, value=fresh)
         else:
             v.addcmul_(g * fresh, g)
-        moved = v.sqrt().add_(c.eps)
-        torch.div(m, moved, out=moved)
+        metric = v.sqrt().add_(c.eps)
+        work = g / metric
+        gg, gm, gs = dot(work, g), dot(work, m), dot(g, way)
+        ss = dot(torch.mul(way, metric, out=work), way)
+        mm = dot(torch.div(m, metric, out=work), m)
+        if move.decay is not None:
+            decayed = decaying(p)
+            add_scaled(way, decayed, move.decay)
+            add_scaled(p, decayed, -move.decay)
+        m.lerp_(g, (1.0 - c.beta1) * move.taken)
+        torch.div(m, metric, out=work)
         for y, sign in ((p, -1.0), (way, 1.0)):
-            add_scaled(y, moved, sign * c.rate)
+            add_scaled(y, work, sign * c.rate)
         way.mul_(1.0 - move.taken * c.share)
+        return [gg, gm, gs, mm, ss]
 
     def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
         after = {

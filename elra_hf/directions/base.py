@@ -14,6 +14,7 @@ from ..checks import is_number
 from ..pieces import Piece, Scalar
 
 Counts = Mapping[str, Any]  # of one age, by name; `Scalar`s
+PRODUCTS = ("gg", "gm", "gs", "mm", "ss")  # in the order in which kernels return them
 
 
 class Move(NamedTuple):
@@ -66,6 +67,8 @@ class Direction(Protocol):
         counters: the names of what tensors of one age count together, ``step`` among them.
         explodes: a gradient that has suddenly grown makes a step that has.
         relative: entries of d are of order 1, so that rates are comparable to weights.
+        passing: the inner products are taken in passing, while the step is, and serve the next one; see `Adam`. Beforehand
+            only ``gg`` is, and that is ‖G_t‖².
         power: in the average of the iterates the k-th weighs k^power; 0 or 1.
     """
 
@@ -73,6 +76,7 @@ class Direction(Protocol):
     counters: ClassVar[tuple[str, ...]]
     explodes: ClassVar[bool]
     relative: ClassVar[bool]
+    passing: ClassVar[bool]
     power: ClassVar[int]
 
     def defaults(self) -> dict[str, Any]:
@@ -88,15 +92,20 @@ class Direction(Protocol):
         ...
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
-        """What a pass multiplies with: the update with its η, the measurement with the last one. For kernels."""
+        """What the update multiplies with, by its η. For kernels."""
         ...
 
-    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
-        """Return the inner products ``needs`` of a piece, 0-dim, before the step; ``last`` is η of the step before."""
+    def measure(self, piece: Piece, counts: Counts, needs: tuple[str, ...]) -> list[Tensor]:
+        """Return the inner products ``needs`` of a piece, 0-dim, before the step."""
         ...
 
-    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
-        """Take the step: change ``p`` and ``state`` of the piece in place."""
+    def update(self, piece: Piece, counts: Counts, move: Move) -> list[Tensor]:
+        """Take the step: change ``p`` and ``state`` of the piece in place.
+
+        Returns:
+            `PRODUCTS` of what the step began with where they are taken in passing, 0-dim, of no meaning unless G_t is taken;
+            else nothing.
+        """
         ...
 
     def count(self, group: dict[str, Any], counts: Counts, move: Move) -> dict[str, Any]:
@@ -146,6 +155,7 @@ class QuasiHyperbolic:
     counters: ClassVar[tuple[str, ...]] = ("step",)
     explodes: ClassVar[bool] = True
     relative: ClassVar[bool] = False
+    passing: ClassVar[bool] = False
     power: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

@@ -32,12 +32,12 @@ class Momentum(QuasiHyperbolic):
         beta1, beta2 = group["betas"]
         return Numbers(beta1, beta2, 0.0, 0.0, as_number(counts["step"] == 0), rate, share(counts["step"] + 1.0, self.power))
 
-    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+    def measure(self, piece: Piece, counts: Counts, needs: tuple[str, ...]) -> list[Tensor]:
         letters = {"g": piece.g, "s": piece.state["way"], "m": piece.state.get("momentum")}
         pairs = [(letters[need[0]], letters[need[1]]) for need in needs]
         return [piece.g.new_zeros(()) if x is None or y is None else dot(x, y) for x, y in pairs]
 
-    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+    def update(self, piece: Piece, counts: Counts, move: Move) -> list[Tensor]:
         c = self.numbers(piece.bucket.group, counts, move.rate)
         p, way, m, g = piece.p, piece.state["way"], piece.state.get("momentum"), gradient(piece, move)
         if not isinstance(move.back, float) or move.back:
@@ -56,3 +56,4 @@ class Momentum(QuasiHyperbolic):
         for y, sign in ((p, -1.0), (way, 1.0)):
             add_scaled(y, d, sign * c.rate)
         way.mul_(1.0 - move.taken * c.share)
+        return []

@@ -40,7 +40,7 @@ class SuccessiveGradients(QuasiHyperbolic):
         b = beta2 * as_number(counts["step"] > 1)
         return (1.0 - b) * as_number(counts["step"] > 0), b
 
-    def measure(self, piece: Piece, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> list[Tensor]:
+    def measure(self, piece: Piece, counts: Counts, needs: tuple[str, ...]) -> list[Tensor]:
         letters = {"g": piece.g, "p": piece.state["grad_prev"], "m": piece.state.get("momentum")}
         past = as_number(counts["step"] > 0)
         a, b = self._last_weights(piece, counts)
@@ -62,7 +62,7 @@ class SuccessiveGradients(QuasiHyperbolic):
         }
         return [columns[need]() for need in needs]
 
-    def update(self, piece: Piece, counts: Counts, move: Move) -> None:
+    def update(self, piece: Piece, counts: Counts, move: Move) -> list[Tensor]:
         beta1, beta2 = piece.bucket.group["betas"]
         p, previous, m, g = piece.p, piece.state["grad_prev"], piece.state.get("momentum"), gradient(piece, move)
         if not isinstance(move.back, float) or move.back:
@@ -80,3 +80,4 @@ class SuccessiveGradients(QuasiHyperbolic):
             add_scaled(p, m, -move.rate * now)
         previous.lerp_(g, move.taken)
         add_scaled(p, g, -move.rate * (1.0 - now))
+        return []

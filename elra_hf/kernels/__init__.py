@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions import Counts, Direction, Move
-from ..pieces import Bucket, Scalar
+from ..directions import PRODUCTS, Counts, Direction, Move
+from ..pieces import Bucket
 from . import native
 
 __all__ = ["choose", "measure", "update"]
@@ -44,28 +44,26 @@ def choose(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dic
     return "plain"
 
 
-def measure(direction: Direction, bucket: Bucket, counts: Counts, last: Scalar, needs: tuple[str, ...]) -> Tensor:
+def measure(direction: Direction, bucket: Bucket, counts: Counts, needs: tuple[str, ...]) -> Tensor:
     """The inner products ``needs`` of a bucket, shape (len(needs),), from the state before the step."""
     if bucket.kernels == "plain":
-        return torch.stack([torch.stack(direction.measure(piece, counts, last, needs)) for piece in bucket.pieces()]).sum(0)
-    if bucket.kernels == "native":
-        found = native.measure(direction, bucket, direction.numbers(bucket.group, counts, last))
-        return torch.stack([found[need] for need in needs])
-    triton = accelerated()
-    move = Move(last, None, 1.0, 0.0, 1.0, last)
-    like = torch.empty((), dtype=torch.float32, device=bucket.params[0].device)
-    row: Tensor = triton.measure(direction, [bucket], triton.numbers(direction, bucket, counts, move, like)[None])[0]
-    return torch.stack([row[triton.PRODUCTS.index(need)] for need in needs])  # a list as index would wait for the device
+        return torch.stack([torch.stack(direction.measure(piece, counts, needs)) for piece in bucket.pieces()]).sum(0)
+    found = native.measure(direction, bucket) if bucket.kernels == "native" else accelerated().measure(direction, [bucket])[0]
+    # a list as index would wait for the device
+    return torch.stack([found[PRODUCTS.index(need)] for need in needs])
 
 
-def update(direction: Direction, bucket: Bucket, counts: Counts, move: Move) -> None:
-    """Take the step of a bucket."""
+def update(direction: Direction, bucket: Bucket, counts: Counts, move: Move) -> Tensor:
+    """Take the step of a bucket; `PRODUCTS` where they are taken in passing, else nothing, shape (5,) or (0,)."""
     if bucket.kernels == "triton":
         like = torch.empty((), dtype=torch.float32, device=bucket.params[0].device)
-        accelerated().update(direction, [bucket], accelerated().numbers(direction, bucket, counts, move, like)[None])
-    elif bucket.kernels == "native" and move.taken and not move.back:
-        native.update(direction, bucket, direction.numbers(bucket.group, counts, move.rate), move)
-    else:
-        for piece in bucket.pieces():
-            direction.update(piece, counts, move)
-            piece.close()
+        numbers = accelerated().numbers(direction, bucket, counts, move, like)[None]
+        found: Tensor = accelerated().update(direction, [bucket], numbers)[0]
+        return found
+    if bucket.kernels == "native" and move.taken and not move.back:
+        return native.update(direction, bucket, direction.numbers(bucket.group, counts, move.rate), move)
+    rows = []
+    for piece in bucket.pieces():
+        rows.append(direction.update(piece, counts, move))
+        piece.close()
+    return torch.stack([torch.stack(row) if row else piece.p.new_empty(0) for row in rows]).sum(0)

@@ -1,4 +1,5 @@
-/* The step of `directions.Adam` and `directions.Momentum` on the CPU: one pass to measure, one to update.
+/* The step of `directions.Adam` and `directions.Momentum` on the CPU: one pass to measure, one to update. That of Adam takes
+   the products, and what it measures is the gradient's square.
 
    Tensors are cut into pieces of `PIECE` entries, counted through all of them. `run` works on the pieces [begin, end), so that
    threads can share the work, and sums do not depend on how many there are: in float over `BLOCK` entries, in double beyond.
@@ -71,8 +72,9 @@ static void block(int op, const Tensors *t, int64_t k, int64_t i, int64_t n, con
     const int updates = op % 2;
     float *p = updates ? opened(t->p[k], i, n, t->bf16, room[0]) : 0;
     float *g = opened(t->g[k], i, n, t->bf16_grads, room[1]);
-    float *way = opened(t->way[k], i, n, t->bf16, room[2]);
-    float *m = opened(t->mean[k], i, n, t->bf16, room[3]);
+    const int state = works[op] != adam_measure; /* which looks at nothing else */
+    float *way = state ? opened(t->way[k], i, n, t->bf16, room[2]) : 0;
+    float *m = state ? opened(t->mean[k], i, n, t->bf16, room[3]) : 0;
     works[op](n, p, g, way, m, opened(t->variance[k], i, n, 0, 0), c, sums);
     if (updates && t->bf16) {
         closed(t->p[k], i, n, p, t->chance, t->seed, 0);
@@ -96,19 +98,10 @@ void run(int op, const Tensors *t, const Numbers *c, int64_t begin, int64_t end,
 
 static void adam_measure(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,
                          float *restrict v, const Numbers *c, double *restrict sums) {
-    const float fresh = c->fresh, eps = c->eps;
-    float gg = 0, gm = 0, gs = 0, mm = 0, ss = 0;
-#pragma omp simd reduction(+ : gg, gm, gs, mm, ss)
-    for (int64_t i = 0; i < n; i++) {
-        const float metric = sqrtf(v[i] * (1 - fresh) + fresh * g[i] * g[i]) + eps;
-        const float inverse = 1 / metric;
-        gg += g[i] * g[i] * inverse;
-        gm += g[i] * m[i] * inverse;
-        gs += g[i] * way[i];
-        mm += m[i] * m[i] * inverse;
-        ss += way[i] * way[i] * metric;
-    }
-    sums[0] += gg, sums[1] += c->sign * gm, sums[2] += c->sign * gs, sums[3] += mm, sums[4] += ss;
+    float gg = 0;
+#pragma omp simd reduction(+ : gg)
+    for (int64_t i = 0; i < n; i++) gg += g[i] * g[i];
+    sums[0] += gg;
 }
 
 // What a decay takes; nothing of what is forbidden by -inf, of which 0 * p is no number.
@@ -118,14 +111,25 @@ static void adam_update(int64_t n, float *restrict p, const float *restrict g, f
                         float *restrict v, const Numbers *c, double *restrict sums) {
     const float sign = c->sign, new = 1 - c->beta1, fresh = c->fresh, eps = c->eps;
     const float rate = c->rate, decay = c->decay, keep = 1 - c->share;
-#pragma omp simd
+    float gg = 0, gm = 0, gs = 0, mm = 0, ss = 0;
+#pragma omp simd reduction(+ : gg, gm, gs, mm, ss)
     for (int64_t i = 0; i < n; i++) {
-        m[i] += new * (sign * g[i] - m[i]);
-        v[i] = v[i] * (1 - fresh) + fresh * g[i] * g[i];
-        const float lost = decayed(decay, p[i]) + rate * m[i] / (sqrtf(v[i]) + eps);
+        const float now = sign * g[i], past = m[i], back = way[i];
+        const float square = v[i] * (1 - fresh) + fresh * now * now;
+        const float metric = sqrtf(square) + eps, inverse = 1 / metric;
+        gg += now * now * inverse;
+        gm += now * past * inverse;
+        gs += now * back;
+        mm += past * past * inverse;
+        ss += back * back * metric;
+        const float mean = past + new * (now - past);
+        const float lost = decayed(decay, p[i]) + rate * mean * inverse;
+        v[i] = square;
+        m[i] = mean;
         p[i] -= lost;
-        way[i] = (way[i] + lost) * keep;
+        way[i] = (back + lost) * keep;
     }
+    sums[0] += gg, sums[1] += gm, sums[2] += gs, sums[3] += mm, sums[4] += ss;
 }
 
 static void momentum_measure(int64_t n, float *restrict p, const float *restrict g, float *restrict way, float *restrict m,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions import Adam, Direction, Momentum, Move, Numbers
+from ..directions import PRODUCTS, Adam, Direction, Momentum, Move, Numbers
 from ..pieces import PLAIN_TENSORS, Bucket
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=
 TUNED = ("-march=native", "-mcpu=native", "-O3")  # for this processor, for this one of ARM's as Apple says it, for any
 COMPILERS = ("cc", "gcc", "clang")
 PIECE = 65536  # as in native.c
-PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
 OPS: dict[type, tuple[int, int]] = {Adam: (0, 1), Momentum: (2, 3)}  # (to measure, to update)
 TYPES = (torch.float32, torch.bfloat16)  # of weights and gradients
 WORTH_A_THREAD = 8  # pieces
@@ -133,15 +132,16 @@ def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
     return fits(direction, p, state) and library() is not None
 
 
-def measure(direction: Direction, bucket: Bucket, numbers: Numbers) -> dict[str, Tensor]:
-    """The inner products by name, 0-dim."""
-    return dict(zip(PRODUCTS, _run(OPS[type(direction)][0], bucket, numbers, 0.0).unbind(), strict=True))
+def measure(direction: Direction, bucket: Bucket) -> Tensor:
+    """`PRODUCTS`, of Adam ‖G_t‖² alone and zeros."""
+    return _run(OPS[type(direction)][0], bucket, Numbers(*[0.0] * len(Numbers._fields)), 0.0)
 
 
-def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -> None:
-    """Take a step that neither undoes another nor is refused."""
-    _run(OPS[type(direction)][1], bucket, numbers, 0.0 if move.decay is None else float(move.decay))
+def update(direction: Direction, bucket: Bucket, numbers: Numbers, move: Move) -> Tensor:
+    """Take a step that neither undoes another nor is refused; `PRODUCTS` where they are taken in passing."""
+    found = _run(OPS[type(direction)][1], bucket, numbers, 0.0 if move.decay is None else float(move.decay))
     torch.autograd.graph.increment_version(bucket.params)
+    return found if direction.passing else found[:0]
 
 
 def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:

@@ -36,12 +36,13 @@ class Layout(NamedTuple):
     """What the sheets of some buckets have in common from step to step.
 
     Attributes:
-        key: the buckets, the dtypes of their gradients, and whether they are rounded by chance.
+        key: the buckets, the dtypes of their gradients, whether they are rounded by chance, and whether they ascend.
         members: the buckets of each sheet.
         columns: the addresses of each sheet but those of the gradients: x, the way, m and v.
         low: their digits below 16, of each tensor.
         chunks: those of each sheet.
         bounds: where the sums of each bucket begin and end, shape (buckets, 2).
+        signs: of each bucket's gradients, -1 to ascend, shape (buckets,).
         options: those of each sheet.
         spare: host memory for each sheet's table of a captured step, since none can be had while a graph is recorded.
     """
@@ -52,19 +53,20 @@ class Layout(NamedTuple):
     low: list[list[int]]
     chunks: list[Tensor]
     bounds: Tensor
+    signs: Tensor
     options: list[dict[str, Any]]
     spare: dict[int, Tensor]
 
 
-def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet], Tensor]:
-    """The launches of these buckets, found once a step; and where their sums begin and end, shape (buckets, 2)."""
+def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[Sheet], Layout]:
+    """The launches of these buckets, found once a step; and what they have in common with those of other steps."""
     kept = buckets[0].tables
     if "sheets" not in kept:
         device = buckets[0].params[0].device
         grads = [of_one_type(bucket.grads) for bucket in buckets]
         kept["held"] = held = [*chain(*grads)]  # copies must live as long as their addresses
         key = [
-            (id(bucket), members[0].dtype, bucket.group["stochastic_rounding"])
+            (id(bucket), members[0].dtype, bucket.group["stochastic_rounding"], bucket.group["maximize"])
             for bucket, members in zip(buckets, grads, strict=True)
         ]
         layout = buckets[0].lasting.get("layout")
@@ -85,8 +87,8 @@ def sheets_of(direction: Direction, buckets: Sequence[Bucket]) -> tuple[list[She
                     layout.spare[k] = torch.empty((6, len(aligned)), dtype=torch.int64, device="cpu", pin_memory=pinned)
                 table = _uploaded(columns, device)
             sheets.append(Sheet(table, layout.chunks[k], layout.options[k]))
-        kept["sheets"] = sheets, layout.bounds
-    found: tuple[list[Sheet], Tensor] = kept["sheets"]
+        kept["sheets"] = sheets, layout
+    found: tuple[list[Sheet], Layout] = kept["sheets"]
     return found
 
 
@@ -98,10 +100,10 @@ def of_one_type(grads: list[Tensor]) -> list[Tensor]:
     return [grad.contiguous() for grad in grads]
 
 
-def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int, torch.dtype, bool]]) -> Layout:
+def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int, torch.dtype, bool, bool]]) -> Layout:
     """Where the tensors of these buckets lie, sorted into launches by what is constant in the kernels."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for b, (bucket, (_, grad, by_chance)) in enumerate(zip(buckets, key, strict=True)):
+    for b, (bucket, (_, grad, by_chance, _)) in enumerate(zip(buckets, key, strict=True)):
         momentum = "mean" in bucket.state or "momentum" in bucket.state
         chance = by_chance and bucket.params[0].dtype == torch.bfloat16
         kinds.setdefault((bucket.params[0].dtype, grad, momentum, chance), []).append(b)
@@ -122,7 +124,8 @@ def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int
         {"adam": isinstance(direction, Adam), "momentum": m, "dtype": TYPES[x], "grad": TYPES[grad], "chance": chance}
         for x, grad, m, chance in kinds
     ]
-    return Layout(key, members, columns, low, chunks, bounds, options, {})
+    signs = torch.tensor([-1.0 if ascends else 1.0 for *_, ascends in key], device="cpu").to(bounds.device)
+    return Layout(key, members, columns, low, chunks, bounds, signs, options, {})
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,5 +1,7 @@
 """The kernels for accelerators, in Triton: two launches measure and one updates, whatever the number of buckets and tensors.
 
+That of Adam takes the products while it updates, with a launch more to sum them up; it measures the gradient's square.
+
 The tensors are found through a table of addresses, and cut into chunks of `CHUNK` entries, one a program. Sums are taken chunk
 by chunk and then over the chunks, so that they are the same in every run. Numbers that depend on the run lie on the device.
 Tensors of another dtype take launches of their own.
@@ -16,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..directions import Counts, Direction, Move
+from ..directions import PRODUCTS, Counts, Direction, Move
 from ..pieces import MIX, SALT, SEED, SPREAD, Bucket
 from .native import fits
-from .sheets import sheets_of
+from .sheets import Layout, Sheet, sheets_of
 
 BLOCK = 2**10
-PRODUCTS = ("gg", "gm", "gs", "mm", "ss")
 # What a bucket's row of numbers holds, in the order of the kernels; see `Numbers` and `Move`.
 NUMBERS = ("fresh", "first", "rate", "share", "taken", "back", "decay", "beta1", "beta2", "eps", "sign", "step")
 WIDTH = tl.constexpr(len(NUMBERS))
@@ -61,26 +62,25 @@ def _columns(table, tensors, k, start, n, dtype: tl.constexpr, grad: tl.constexp
 
 @triton.jit
 def _measure(
-    table, chunks, tensors, numbers, sums,
+    table, chunks, tensors, signs, sums,
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The five products of one chunk, to ``sums``, shape (chunks, 5)."""
+    """The five products of one chunk, of Adam ‖G_t‖² alone, to ``sums``, shape (chunks, 5)."""
     k, start, n, b, place, wide = _chunk(table, chunks, tensors, tl.program_id(0))
-    mine, to = numbers + WIDTH * b, sums + 5 * place
+    sign, to = tl.load(signs + b), sums + 5 * place
     if wide:
-        _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, True, BLOCK)
+        _measure_chunk(table, tensors, k, start, n, sign, to, adam, momentum, dtype, grad, True, BLOCK)
     else:
-        _measure_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, False, BLOCK)
+        _measure_chunk(table, tensors, k, start, n, sign, to, adam, momentum, dtype, grad, False, BLOCK)
 
 
 @triton.jit
 def _measure_chunk(
-    table, tensors, k, start, n, mine, to,
+    table, tensors, k, start, n, sign, to,
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, _, g_at, way_at, m_at, v_at = _columns(table, tensors, k, start, n, dtype, grad, wide)
-    fresh, eps, sign = tl.load(mine), tl.load(mine + 9), tl.load(mine + 10)
+    n, _, g_at, way_at, m_at, _ = _columns(table, tensors, k, start, n, dtype, grad, wide)
     gg = tl.zeros((BLOCK,), tl.float32)
     gm = tl.zeros((BLOCK,), tl.float32)
     gs = tl.zeros((BLOCK,), tl.float32)
@@ -90,19 +90,21 @@ def _measure_chunk(
         i = first + tl.arange(0, BLOCK)
         inside = i < n
         g = sign * tl.load(g_at + i, inside, 0.0).to(tl.float32)
-        way = tl.load(way_at + i, inside, 0.0).to(tl.float32)
-        m = tl.zeros((BLOCK,), tl.float32)
-        if momentum:
-            m = tl.load(m_at + i, inside, 0.0).to(tl.float32)
-        metric = tl.full((BLOCK,), 1.0, tl.float32)
-        if adam:
-            v = tl.load(v_at + i, inside, 0.0)
-            metric = tl.sqrt(v * (1.0 - fresh) + fresh * g * g) + eps
-        gg += g * g / metric
-        gm += g * m / metric
-        gs += g * way
-        mm += m * m / metric
-        ss += way * way * metric
+        gg += g * g
+        if not adam:
+            way = tl.load(way_at + i, inside, 0.0).to(tl.float32)
+            gs += g * way
+            ss += way * way
+            if momentum:
+                m = tl.load(m_at + i, inside, 0.0).to(tl.float32)
+                gm += g * m
+                mm += m * m
+    _store(to, gg, gm, gs, mm, ss)
+
+
+@triton.jit
+def _store(to, gg, gm, gs, mm, ss):
+    """The sums of a chunk."""
     tl.store(to, tl.sum(gg))
     tl.store(to + 1, tl.sum(gm))
     tl.store(to + 2, tl.sum(gs))
@@ -139,25 +141,26 @@ def _rounded(x, i, seed, salt: tl.constexpr, dtype: tl.constexpr, chance: tl.con
 
 @triton.jit
 def _update(
-    table, chunks, tensors, numbers,
+    table, chunks, tensors, numbers, sums,
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0.
 
-    From the last chunk to the first, since what was measured last is in the cache.
+    That of Adam takes the five products, to ``sums``. From the last chunk to the first, since what was measured last is in the
+    cache.
     """
-    k, start, n, b, _, wide = _chunk(table, chunks, tensors, tl.num_programs(0) - 1 - tl.program_id(0))
-    mine = numbers + WIDTH * b
+    k, start, n, b, place, wide = _chunk(table, chunks, tensors, tl.num_programs(0) - 1 - tl.program_id(0))
+    mine, to = numbers + WIDTH * b, sums + 5 * place
     if wide:
-        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, True, BLOCK)
+        _update_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, chance, True, BLOCK)
     else:
-        _update_chunk(table, tensors, k, start, n, mine, adam, momentum, dtype, grad, chance, False, BLOCK)
+        _update_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, chance, False, BLOCK)
 
 
 @triton.jit
 def _update_chunk(
-    table, tensors, k, start, n, mine,
+    table, tensors, k, start, n, mine, to,
     adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
     wide: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +171,11 @@ def _update_chunk(
     step = tl.load(mine + 11)
     seed, reach = step.to(tl.int32), 1.0 + 2.0 / tl.maximum(step, 1.0)  # as `Adam._reach`, of power 1
     beta1, beta2, eps, sign = tl.load(mine + 7), tl.load(mine + 8), tl.load(mine + 9), tl.load(mine + 10)
+    gg = tl.zeros((BLOCK,), tl.float32)
+    gm = tl.zeros((BLOCK,), tl.float32)
+    gs = tl.zeros((BLOCK,), tl.float32)
+    mm = tl.zeros((BLOCK,), tl.float32)
+    ss = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, n, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         inside, at = i < n, (start + i).to(tl.int32)
@@ -179,10 +187,16 @@ def _update_chunk(
         lost = tl.where(tl.abs(p) < float("inf"), decay * p, 0.0)
         if adam:
             m = tl.load(m_at + i, inside, 0.0).to(tl.float32) * (1.0 - back)
-            m += (1.0 - beta1) * taken * (g - m)
             v = tl.load(v_at + i, inside, 0.0)
             v = v * (1.0 - fresh) + fresh * g * g
-            lost += rate * m / (tl.sqrt(v) + eps)
+            metric = tl.sqrt(v) + eps
+            gg += g * g / metric
+            gm += g * m / metric
+            gs += g * way
+            mm += m * m / metric
+            ss += way * way * metric
+            m += (1.0 - beta1) * taken * (g - m)
+            lost += rate * m / metric
             tl.store(m_at + i, _rounded(m, at, seed, 2, dtype, chance), inside)
             tl.store(v_at + i, v, inside)
         elif momentum:
@@ -195,6 +209,8 @@ def _update_chunk(
             lost += rate * g
         tl.store(p_at + i, _rounded(p - lost, at, seed, 0, dtype, chance), inside)
         tl.store(way_at + i, _rounded((way + lost) * (1.0 - share), at, seed, 1, dtype, chance), inside)
+    if adam:
+        _store(to, gg, gm, gs, mm, ss)
 
 
 def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
@@ -210,23 +226,36 @@ def numbers(direction: Direction, bucket: Bucket, counts: Counts, move: Move, li
     return torch.stack([v.to(like) if isinstance(v, Tensor) else like.new_full((), v) for v in values])
 
 
-def measure(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> Tensor:
-    """The inner products `PRODUCTS` of each bucket, shape (buckets, 5)."""
-    sheets, bounds = sheets_of(direction, buckets)
-    sums = numbers.new_empty(sum(len(sheet.chunks) for sheet in sheets), len(PRODUCTS))
-    rows = numbers.new_empty(len(buckets), len(PRODUCTS))
+def measure(direction: Direction, buckets: Sequence[Bucket]) -> Tensor:
+    """`PRODUCTS` of each bucket, shape (buckets, 5), of Adam ‖G_t‖² alone and zeros."""
+    sheets, layout = sheets_of(direction, buckets)
+    sums = _sums(sheets, layout)
     for sheet in sheets:
-        arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers, sums)
+        arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], layout.signs, sums)
         options = {name: value for name, value in sheet.options.items() if name != "chance"}
         _measure[(len(sheet.chunks),)](*arguments, **options, BLOCK=BLOCK)
-    _total[(len(buckets),)](sums, bounds, rows, BLOCK=512)
-    return rows
+    return _rows(sums, layout)
 
 
-def update(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> None:
-    """Take a step, or undo one."""
-    for sheet in sheets_of(direction, buckets)[0]:
-        arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers)
+def update(direction: Direction, buckets: Sequence[Bucket], numbers: Tensor) -> Tensor:
+    """Take a step, or undo one; `PRODUCTS` of each bucket, shape (buckets, 5), where they are taken in passing."""
+    sheets, layout = sheets_of(direction, buckets)
+    sums = _sums(sheets, layout) if direction.passing else layout.signs  # of which nothing is written
+    for sheet in sheets:
+        arguments = (sheet.table, sheet.chunks, sheet.table.shape[1], numbers, sums)
         _update[(len(sheet.chunks),)](*arguments, **sheet.options, BLOCK=BLOCK)
     for bucket in buckets:
         torch.autograd.graph.increment_version(bucket.params)
+    return _rows(sums, layout) if direction.passing else sums.new_empty(len(buckets), 0)
+
+
+def _sums(sheets: Sequence[Sheet], layout: Layout) -> Tensor:
+    """Room for the products of all chunks."""
+    return layout.signs.new_empty(sum(len(sheet.chunks) for sheet in sheets), len(PRODUCTS))
+
+
+def _rows(sums: Tensor, layout: Layout) -> Tensor:
+    """The products of each bucket."""
+    rows = sums.new_empty(len(layout.bounds), len(PRODUCTS))
+    _total[(len(rows),)](sums, layout.bounds, rows, BLOCK=512)
+    return rows

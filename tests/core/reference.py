@@ -147,20 +147,16 @@ def adamw(
     eps: float = 1e-8,
     schedule: Callable[[int], float] = constant,
 ):
-    """Step t moves α·``schedule(t)``, ≤ α."""
+    """Step t moves α·``schedule(t)``, ≤ α, by what step t - 1 saw."""
     beta1, beta2 = betas
     x = np.array(x0, dtype=np.float64)
     alpha = 0.005 * np.exp(np.mean(np.log(np.abs(x0[x0 != 0]))))
-    iterates, shares, clock, mean_weight, total = [x.copy()], [], 0.0, 0.0, 0.0
-    m, v, rate = np.zeros_like(x), np.zeros_like(x), 0.0
+    iterates, shares, clock, signal, mean_weight, total = [x.copy()], [], 0.0, 0.0, 0.0, 0.0
+    m, v = np.zeros_like(x), np.zeros_like(x)
     xs, alphas = [], []
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         if shares:
-            seen = v + rate / (beta2 * total + rate) * (g * g - v)
-            root = np.sqrt(np.sqrt(seen) + eps)  # cosines in the metric are those of g / root and way · root
-            way = np.average(iterates, axis=0, weights=np.arange(1, t + 1)) - x
-            signal = heading(cosine(g / root, way * root), cosine(g / root, m / root))
             w = weight_of(shares)
             alpha = clamp(alpha * np.exp(max(0.03, 10 / (10 + clock)) * w * signal), 1e-8, 1e6)
             clock += w
@@ -169,8 +165,11 @@ def adamw(
         total = beta2 * total + rate
         fresh = max(rate / (beta1 * mean_weight + rate), 1 - beta1)  # no longer a memory than Adam's where the rate falls
         mean_weight = rate / fresh
-        m = m + fresh * (g - m)
         v = v + rate / total * (g * g - v)
+        root = np.sqrt(np.sqrt(v) + eps)  # cosines in the metric are those of g / root and way · root
+        way = np.average(iterates, axis=0, weights=np.arange(1, t + 1)) - x
+        signal = heading(cosine(g / root, way * root), cosine(g / root, m / root))
+        m = m + fresh * (g - m)
         x = x - rate * m / (np.sqrt(v) + eps)
         iterates.append(x.copy())
         xs.append(x.copy())

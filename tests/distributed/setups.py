@@ -128,7 +128,7 @@ class SetUp:
     Attributes:
         world: how many ranks.
         wrap: wraps a model.
-        collectives: how many ``step()`` issues.
+        collectives: how many a sum is made of.
         wrong: reductions that must be noticed: "local" sums nothing, "world" sums over all ranks.
         model: what is trained.
         single: one parameter group, where a flat parameter allows no more.

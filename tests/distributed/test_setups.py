@@ -48,7 +48,8 @@ def test_same_as_one_process(name, variant, outcomes):
     for outcome in ranks:
         assert error(outcome, expected(name, variant)) < SETUPS[name].tolerance
         assert outcome.alphas == ranks[0].alphas, "the rate is not the same bits on all ranks"
-        assert outcome.collectives == SETUPS[name].collectives
+        sums = 2 if variant == "elra_adamw" else 1  # before the update, and of what that takes in passing
+        assert outcome.collectives == sums * SETUPS[name].collectives
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -84,5 +84,6 @@ def test_around_the_kernels(cls, scope, monkeypatch):
     last = " ".join(launched).split("|")[-2].split()
     if scope != "tensor":
         dtypes = 2
-        assert last == ["fused", *["_measure"] * dtypes, "_total", "fused", "fused", *["_update"] * dtypes]
+        passing = ["_total", "fused"] if cls is VARIANTS["adamw"] else []
+        assert last == [*["_measure"] * dtypes, "_total", "fused", *["_update"] * dtypes, *passing]
     assert "_update" in last

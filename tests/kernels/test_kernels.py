@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min, kernels
-from elra_hf.directions import Adam, Momentum, Move
+from elra_hf.directions import PRODUCTS, Adam, Momentum, Move
 from elra_hf.kernels import native
 from elra_hf.pieces import Bucket
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1,), (3, 5), (), (0,), (300, 70), (1025,), (17_000,)]
-NEEDS = ("gg", "gm", "gs", "mm", "ss")
 DIRECTIONS = {"adam": Adam(), "momentum": Momentum(), "no momentum": Momentum((0.0, 0.0))}
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler"))
 TRITON = pytest.param(
@@ -64,15 +63,17 @@ def numbers(kind, **values):
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_measure(name, dtype, step, maximize, kind):
     direction = DIRECTIONS[name]
+    needs = ("gg",) if direction.passing else PRODUCTS
     ours = bucket(direction, kind, dtype, maximize)
-    counts = numbers(kind, step=step, mean_weight=step * 0.007, variance_weight=step * 0.01)
-    last = numbers(kind, last=0.01)["last"]
-    found = kernels.measure(direction, ours, counts, last, NEEDS)
-    truth = kernels.measure(direction, plain(ours), {k: float(v) for k, v in counts.items()}, 0.01, NEEDS)
-    # products of many numbers of either sign: their error is that of the squares
+    found = kernels.measure(direction, ours, numbers(kind, step=step), needs)
+    assert_same_products(needs, found, kernels.measure(direction, plain(ours), {"step": step}, needs))
+
+
+def assert_same_products(needs, found, truth):
+    """Products of many numbers of either sign: their error is that of the squares."""
     scale = {"gm": "gg mm", "gs": "gg ss"}
-    by_name = dict(zip(NEEDS, truth.tolist(), strict=True))
-    for need, value in zip(NEEDS, found.tolist(), strict=True):
+    by_name = dict(zip(needs, truth.tolist(), strict=True))
+    for need, value in zip(needs, found.tolist(), strict=True):
         size = abs(by_name[need])
         if need in scale:
             a, b = scale[need].split()
@@ -98,8 +99,11 @@ def test_update(name, move, step, maximize, kind):
     mine = numbers(kind, **values)
     if move != "decayed":
         values["decay"] = mine["decay"] = None
-    kernels.update(direction, ours, numbers(kind, **counts), Move(**mine))
-    kernels.update(direction, theirs, counts, Move(**values))
+    products = kernels.update(direction, ours, numbers(kind, **counts), Move(**mine))
+    truths = kernels.update(direction, theirs, counts, Move(**values))
+    assert len(products) == len(truths) == (5 if direction.passing else 0)
+    if taken and direction.passing:
+        assert_same_products(PRODUCTS, products, truths)
     columns = {"x": (ours.params, theirs.params), **{n: (ours.state[n], theirs.state[n]) for n in ours.state}}
     for column, (found, truth) in columns.items():
         for a, b in zip(found, truth, strict=True):
@@ -129,11 +133,12 @@ def test_the_number_of_threads_changes_no_bit():
         pytest.skip("no C compiler")
     made = bucket(Adam(), "native")
     made.add(*(torch.randn(2_000_000) for _ in range(2)), {n: torch.rand(2_000_000) for n in made.state})
+    counts, move = {"step": 3.0, "mean_weight": 0.06, "variance_weight": 0.1}, Move(0.01, None, 1.0, 0.0, 1.0, 0.01)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(kernels.measure(Adam(), made, {"step": 3.0, "mean_weight": 0.06, "variance_weight": 0.1}, 0.01, NEEDS))
+            found.append(kernels.update(Adam(), copy.deepcopy(made), counts, move))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)

@@ -108,7 +108,7 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize(("cls", "layers"), [(ElraAdamW, 0), (ElraAdamW, 20), (ElraC2Min, 0), (ElraP2Min, 0)])
-def test_six_launches(cls, layers, launches, monkeypatch):
+def test_few_launches(cls, layers, launches, monkeypatch):
     """At any number of tensors, and with a schedule that writes another lr for every step."""
     monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
     model = net(8, layers)
@@ -119,7 +119,8 @@ def test_six_launches(cls, layers, launches, monkeypatch):
     launches.seen.clear()
     with launches:
         optimizer.step()
-    assert launches.seen == ["program", "_measure", "_total", "program", "program", "_update"]  # and the upload of the lr
+    passing = ["_total", "program"] if cls is ElraAdamW else []
+    assert launches.seen == ["_measure", "_total", "program", "_update", *passing]  # and the upload of the lr
 
 
 class Tape(TorchDispatchMode):
@@ -192,7 +193,7 @@ def test_a_step_on_tape_is_a_step(cls, monkeypatch):
         rates.add(float(taped.param_groups[0]["alpha"]))
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q), t
-    assert len(rates) == 12
+    assert len(rates) == 12 - optimizer.direction.passing  # where the first step says nothing of the second's
     assert str(optimizer.state_dict()) == str(taped.state_dict())
 
 
@@ -323,13 +324,13 @@ def built(function, signature, constants, **options):
 kinds = [(True, True, tl.float32), (True, True, tl.bfloat16), (False, True, tl.float32), (False, False, tl.float32)]
 for adam, momentum, dtype in kinds:
     constants = dict(adam=adam, momentum=momentum, dtype=dtype, grad=dtype, BLOCK=own.BLOCK)
-    tables = {"table": "*i64", "chunks": "*i64", "tensors": "i32", "numbers": "*fp32"}
+    tables = {"table": "*i64", "chunks": "*i64", "tensors": "i32", "sums": "*fp32"}
     # 1024 entries are two loads of 16 bytes for each of 128 threads, or one where an entry has two bytes
     each = 2 if dtype == tl.float32 else 1
-    expected = each * (2 + momentum) + 2 * adam
-    for function, more, loads in ((own._measure, {"sums": "*fp32"}, expected), (own._update, {}, expected + each)):
+    measures, updates = each * (1 if adam else 2 + momentum), each * (3 + momentum) + 2 * adam
+    for function, more, loads in ((own._measure, "signs", measures), (own._update, "numbers", updates)):
         chance = {} if function is own._measure else {"chance": dtype == tl.bfloat16}
-        found = built(function, {**tables, **more}, {**constants, **chance}).count("ld.global.v4")
+        found = built(function, {**tables, more: "*fp32"}, {**constants, **chance}).count("ld.global.v4")
         assert found == loads, (function, adam, momentum, dtype, found, loads)
 built(own._total, {"sums": "*fp32", "bounds": "*i64", "rows": "*fp32"}, {"BLOCK": 512})
 program = fuse.Fused(lambda x, y: (torch.where((x > 0.5) & ~torch.isfinite(y), 0.9 ** x, x.clamp(0.0, 1.0)), torch.expm1(y)),
