@@ -107,7 +107,8 @@ class Cells(Gatherer):
         of_groups = {name: self._of_cells(groups[name]) for name in names}
         if self.scope != "tensor" or not params:
             return of_groups
-        of_groups["steps"] = torch.zeros_like(of_groups["steps"])  # of what has no state yet
+        for name in ("steps", *self._passing):  # of what has no state yet
+            of_groups[name] = torch.zeros_like(of_groups[name])
         common = torch.stack(list(of_groups.values()), 1)
         rows = [self.state[p]["elra"].to(row) if self.state.get(p) else row for p, row in zip(params, common, strict=True)]
         return dict(zip(names, torch.stack(rows).unbind(1), strict=True))

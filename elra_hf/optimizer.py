@@ -217,7 +217,7 @@ class Elra(Launches):
         needs = self._needs
         parts = self._parts(ranks, shares, len(needs) + 3 + len(SIZES) + self.check_sync)
         for bucket in buckets:
-            counts = dict(zip(bucket.counts, read(bucket, *bucket.counts.values()), strict=True))
+            counts = dict(zip(bucket.counts, bucket.read(*bucket.counts.values()), strict=True))
             products = kernels.measure(self.direction, bucket, counts, needs).to(shares)
             row = self._weigh(bucket, products, bucket.sizes().to(shares), shares, groups)
             if self.check_sync:
@@ -240,7 +240,7 @@ class Elra(Launches):
         counted: dict[int, tuple[Bucket, Move, dict[str, Any]]] = {}
         for bucket, move in zip(buckets, moves, strict=True):
             given = {name: value for name, value in move._asdict().items() if value is not None}
-            values = read(bucket, *bucket.counts.values(), *given.values())
+            values = bucket.read(*bucket.counts.values(), *given.values())
             counts = dict(zip(bucket.counts, values, strict=False))
             move = move._replace(**dict(zip(given, values[len(counts) :], strict=True)))
             if not isinstance(move.taken, float) or move.taken or not move.kept:
@@ -251,15 +251,6 @@ class Elra(Launches):
             for name, value in self.direction.count(bucket.group, counts, move).items():
                 bucket.counts[name].copy_(value) if isinstance(value, Tensor) else bucket.counts[name].fill_(value)
         return parts
-
-
-def read(bucket: Bucket, *values: Any) -> list[Any]:
-    """0-dim tensors as floats on the CPU, where that waits for nothing, else on the device and in the dtype of the bucket."""
-    device, dtype = bucket.params[0].device, bucket.dtype
-    readable = type(values[-1]) is Tensor and values[-1].device.type == "cpu"  # a tensor of FakeTensorMode has no value
-    if readable and device.type == "cpu" and not torch.compiler.is_compiling():
-        return [float(value) for value in values]
-    return [value.to(device, dtype) for value in values]
 
 
 def rate(optimizer: Any) -> float:
