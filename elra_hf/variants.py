@@ -17,9 +17,17 @@ from .rules import C2Min, P2Min, Tracking
 ADAM_FIRST = 0.005
 
 
-def momentum(betas: tuple[float, float], horizon: float) -> Direction:
-    """What a rule of c2min or p2min is measured along: the paper's needs the last gradient."""
-    return SuccessiveGradients(betas) if horizon == math.inf else Momentum(betas)
+def momentum(betas: tuple[float, float], horizon: float, bf16_average: bool) -> Direction:
+    """What a rule of c2min or p2min is measured along: the paper's needs the last gradient.
+
+    Raises:
+        ValueError: there is no average to keep in bfloat16.
+    """
+    if horizon != math.inf:
+        return Momentum(betas, bf16_average)
+    if bf16_average:
+        raise ValueError("bf16_average=True does not go with horizon=inf: the paper's rule keeps no average. Leave one out")
+    return SuccessiveGradients(betas)
 
 
 class ElraC2Min(Elra):
@@ -42,6 +50,7 @@ class ElraC2Min(Elra):
         maximize: ascend.
         stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
             below their resolution move them in the mean.
+        bf16_average: keep the average of the iterates, as its distance from x, in bfloat16: 2 bytes less a float32 parameter.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -63,12 +72,13 @@ class ElraC2Min(Elra):
         restart_factor: float = 1 / 3,
         maximize: bool = False,
         stochastic_rounding: bool = True,
+        bf16_average: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
-            momentum(betas, horizon),
+            momentum(betas, horizon, bf16_average),
             C2Min(gain, horizon),
             lr=lr,
             weight_decay=weight_decay,
@@ -102,6 +112,7 @@ class ElraP2Min(Elra):
         maximize: ascend.
         stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
             below their resolution move them in the mean.
+        bf16_average: keep the average of the iterates, as its distance from x, in bfloat16: 2 bytes less a float32 parameter.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -123,12 +134,13 @@ class ElraP2Min(Elra):
         restart_factor: float = 1 / 3,
         maximize: bool = False,
         stochastic_rounding: bool = True,
+        bf16_average: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
-            momentum(betas, horizon),
+            momentum(betas, horizon, bf16_average),
             P2Min(growth_limit, horizon),
             lr=lr,
             weight_decay=weight_decay,
@@ -160,6 +172,7 @@ class ElraAdamW(Elra):
         maximize: ascend.
         stochastic_rounding: round weights and states in bfloat16 up or down by chance, the same on all ranks, so that steps
             below their resolution move them in the mean.
+        bf16_average: keep the average of the iterates, as its distance from x, in bfloat16: 2 bytes less a float32 parameter.
         process_group: ranks that hold other slices of the parameters, for FSDP1 and DeepSpeed ZeRO only.
         check_sync: raise at the step in which parameters, gradient or rate come apart between ranks; for debugging.
 
@@ -180,12 +193,13 @@ class ElraAdamW(Elra):
         restart_factor: float = 1 / 3,
         maximize: bool = False,
         stochastic_rounding: bool = True,
+        bf16_average: bool = False,
         process_group: dist.ProcessGroup | None = None,
         check_sync: bool = False,
     ) -> None:
         super().__init__(
             params,
-            Adam(betas, eps),
+            Adam(betas, eps, bf16_average),
             Tracking(first=ADAM_FIRST),
             lr=lr,
             weight_decay=weight_decay,

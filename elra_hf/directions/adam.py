@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import is_number
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, check_betas, decaying, gradient, share
+from .base import Counts, Move, Numbers, check_betas, decaying, gradient, share, way_dtype
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class Adam:
     Args:
         betas: (β1, β2), each in [0, 1).
         eps: ε, > 0 in float32.
+        bf16_average: keep x̄ - x of float32 weights in bfloat16.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    bf16_average: bool = False
     offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
     counters: ClassVar[tuple[str, ...]] = ("step", "mean_weight", "variance_weight")
     explodes: ClassVar[bool] = False
@@ -56,7 +58,8 @@ class Adam:
             raise ValueError(f"eps={group['eps']!r} is invalid: give a small positive number, e.g. 1e-8")
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
-        return {"way": param.dtype, "mean": param.dtype, "variance": torch.promote_types(param.dtype, torch.float32)}
+        variance = torch.promote_types(param.dtype, torch.float32)
+        return {"way": way_dtype(param, self.bf16_average), "mean": param.dtype, "variance": variance}
 
     @staticmethod
     def _fresh(beta: float, weight: Scalar, rate: Scalar, least: float = 0.0) -> tuple[Any, Any]:

@@ -138,6 +138,11 @@ def share(step: Scalar, power: int) -> Scalar:
     return result
 
 
+def way_dtype(param: Tensor, bf16_average: bool) -> torch.dtype:
+    """Of x̄ - x: that of the weights, or of float32 weights bfloat16."""
+    return torch.bfloat16 if bf16_average and param.dtype == torch.float32 else param.dtype
+
+
 def as_number(flag: Any) -> Any:
     """1 or 0, as a float or a tensor."""
     return flag.float() if isinstance(flag, Tensor) else float(flag)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pieces import Piece, Scalar, add_scaled, dot
-from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, decaying, gradient, share
+from .base import Counts, Move, Numbers, QuasiHyperbolic, as_number, decaying, gradient, share, way_dtype
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,15 @@ class Momentum(QuasiHyperbolic):
 
     Args:
         betas: (β1, β2), each in [0, 1).
+        bf16_average: keep x̄ - x of float32 weights in bfloat16.
     """
 
+    bf16_average: bool = False
     offers: ClassVar[frozenset[str]] = frozenset({"gg", "gs", "ss", "gm", "mm"})
 
     def dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
-        return dict.fromkeys(("way", "momentum") if group["betas"][1] else ("way",), param.dtype)
+        momentum = {"momentum": param.dtype} if group["betas"][1] else {}
+        return {"way": way_dtype(param, self.bf16_average), **momentum}
 
     def numbers(self, group: dict[str, Any], counts: Counts, rate: Scalar) -> Numbers:
         beta1, beta2 = group["betas"]

@@ -38,7 +38,7 @@ def choose(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dic
     if os.environ.get("ELRA_KERNELS") == "plain" or torch.compiler.is_compiling():
         return "plain"
     if p.device.type == "cpu":
-        return "native" if native.takes(direction, p, state) else "plain"
+        return "native" if native.takes(direction, p, state, group) else "plain"
     if p.device.type == "cuda" and accelerated() and accelerated().takes(direction, p, state, group):
         return "triton"
     return "plain"

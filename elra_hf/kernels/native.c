@@ -18,7 +18,7 @@ typedef struct {
     int64_t count;
     const int64_t *sizes;
     void *const *p, *const *g, *const *way, *const *mean, *const *variance;
-    int bf16, bf16_grads; /* p, way and mean; g. All others are in float */
+    int bf16, bf16_grads, bf16_way; /* p and mean; g; way. All others are in float */
     int chance;           /* how bfloat16 is rounded */
     uint32_t seed;
 } Tensors;
@@ -73,14 +73,14 @@ static void block(int op, const Tensors *t, int64_t k, int64_t i, int64_t n, con
     float *p = updates ? opened(t->p[k], i, n, t->bf16, room[0]) : 0;
     float *g = opened(t->g[k], i, n, t->bf16_grads, room[1]);
     const int state = works[op] != adam_measure; /* which looks at nothing else */
-    float *way = state ? opened(t->way[k], i, n, t->bf16, room[2]) : 0;
+    float *way = state ? opened(t->way[k], i, n, t->bf16_way, room[2]) : 0;
     float *m = state ? opened(t->mean[k], i, n, t->bf16, room[3]) : 0;
     works[op](n, p, g, way, m, opened(t->variance[k], i, n, 0, 0), c, sums);
     if (updates && t->bf16) {
         closed(t->p[k], i, n, p, t->chance, t->seed, 0);
-        closed(t->way[k], i, n, way, t->chance, t->seed, 1);
         if (m) closed(t->mean[k], i, n, m, t->chance, t->seed, 2);
     }
+    if (updates && t->bf16_way) closed(t->way[k], i, n, way, t->chance, t->seed, 1);
 }
 
 void run(int op, const Tensors *t, const Numbers *c, int64_t begin, int64_t end, double *sums) {

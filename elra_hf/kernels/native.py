@@ -40,7 +40,7 @@ class Tensors(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("sizes", "p", "g", "way", "mean", "variance")),
-        *((name, ctypes.c_int) for name in ("bf16", "bf16_grads", "chance")),
+        *((name, ctypes.c_int) for name in ("bf16", "bf16_grads", "bf16_way", "chance")),
         ("seed", ctypes.c_uint32),
     ]
 
@@ -114,9 +114,9 @@ def cached(name: str, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def fits(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+def fits(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether a kernel is written for the parameter ``p`` with this state: layout and dtypes are those that it knows."""
-    dtypes = {"variance": torch.float32}
+    dtypes = direction.dtypes(p, group)
     return (
         type(direction) in OPS
         and p.dtype in TYPES
@@ -127,9 +127,9 @@ def fits(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
     )
 
 
-def takes(direction: Direction, p: Tensor, state: dict[str, Tensor]) -> bool:
+def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether the kernels can work on the parameter ``p`` with this state."""
-    return fits(direction, p, state) and library() is not None
+    return fits(direction, p, state, group) and library() is not None
 
 
 def measure(direction: Direction, bucket: Bucket) -> Tensor:
@@ -163,7 +163,7 @@ def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
     arrays = [(ctypes.c_int64 * count)(*sizes)]
     arrays += [(ctypes.c_int64 * count)(*([t.data_ptr() for t in column] if column else ())) for column in columns]
     chance, seed = bucket.group["stochastic_rounding"], int(bucket.counts["step"])
-    half = [d == torch.bfloat16 for d in (dtype, grad)]
+    half = [d == torch.bfloat16 for d in (dtype, grad, bucket.state["way"][0].dtype)]
     tensors = Tensors(count, *map(ctypes.addressof, arrays), *half, chance, seed)
     sign = -1.0 if bucket.group["maximize"] else 1.0
     c = CNumbers(sign, *map(float, numbers[:6]), decay, float(numbers.share))

@@ -105,8 +105,8 @@ def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for b, (bucket, (_, grad, by_chance, _)) in enumerate(zip(buckets, key, strict=True)):
         momentum = "mean" in bucket.state or "momentum" in bucket.state
-        chance = by_chance and bucket.params[0].dtype == torch.bfloat16
-        kinds.setdefault((bucket.params[0].dtype, grad, momentum, chance), []).append(b)
+        dtypes = bucket.params[0].dtype, bucket.state["way"][0].dtype
+        kinds.setdefault((*dtypes, grad, momentum, by_chance and torch.bfloat16 in dtypes), []).append(b)
     members = [*kinds.values()]
     sizes = tuple(tuple((b, tuple(p.numel() for p in buckets[b].params)) for b in of_sheet) for of_sheet in members)
     chunks, bounds = _chunks(sizes, buckets[0].params[0].device)
@@ -121,8 +121,15 @@ def _layout(direction: Direction, buckets: Sequence[Bucket], key: list[tuple[int
         columns.append([tuple(row) for row in rows])
     low = [[(a | b | c | d) & 15 for a, b, c, d in zip(*of_sheet, strict=True)] for of_sheet in columns]
     options = [
-        {"adam": isinstance(direction, Adam), "momentum": m, "dtype": TYPES[x], "grad": TYPES[grad], "chance": chance}
-        for x, grad, m, chance in kinds
+        {
+            "adam": isinstance(direction, Adam),
+            "momentum": momentum,
+            "dtype": TYPES[x],
+            "grad": TYPES[grad],
+            "of_way": TYPES[way],
+            "chance": chance,
+        }
+        for x, way, grad, momentum, chance in kinds
     ]
     signs = torch.tensor([-1.0 if ascends else 1.0 for *_, ascends in key], device="cpu").to(bounds.device)
     return Layout(key, members, columns, low, chunks, bounds, signs, options, {})

@@ -49,13 +49,13 @@ def _column(table, column: tl.constexpr, tensors, k, start, dtype: tl.constexpr,
 
 
 @triton.jit
-def _columns(table, tensors, k, start, n, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr):
+def _columns(table, tensors, k, start, n, dtype: tl.constexpr, grad: tl.constexpr, of_way: tl.constexpr, wide: tl.constexpr):
     """The number of entries, and where the chunk begins in x, G, the way, m and v."""
     if wide:
         n = n // 16 * 16  # which the compiler understands
     p = _column(table, 0, tensors, k, start, dtype, wide)
     g = _column(table, 1, tensors, k, start, grad, wide)
-    way = _column(table, 2, tensors, k, start, dtype, wide)
+    way = _column(table, 2, tensors, k, start, of_way, wide)
     m = _column(table, 3, tensors, k, start, dtype, wide)
     return n, p, g, way, m, _column(table, 4, tensors, k, start, tl.float32, wide)
 
@@ -63,24 +63,25 @@ def _columns(table, tensors, k, start, n, dtype: tl.constexpr, grad: tl.constexp
 @triton.jit
 def _measure(
     table, chunks, tensors, signs, sums,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, BLOCK: tl.constexpr,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, of_way: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The five products of one chunk, of Adam ‖G_t‖² alone, to ``sums``, shape (chunks, 5)."""
     k, start, n, b, place, wide = _chunk(table, chunks, tensors, tl.program_id(0))
     sign, to = tl.load(signs + b), sums + 5 * place
     if wide:
-        _measure_chunk(table, tensors, k, start, n, sign, to, adam, momentum, dtype, grad, True, BLOCK)
+        _measure_chunk(table, tensors, k, start, n, sign, to, adam, momentum, dtype, grad, of_way, True, BLOCK)
     else:
-        _measure_chunk(table, tensors, k, start, n, sign, to, adam, momentum, dtype, grad, False, BLOCK)
+        _measure_chunk(table, tensors, k, start, n, sign, to, adam, momentum, dtype, grad, of_way, False, BLOCK)
 
 
 @triton.jit
 def _measure_chunk(
     table, tensors, k, start, n, sign, to,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, wide: tl.constexpr,
-    BLOCK: tl.constexpr,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, of_way: tl.constexpr,
+    wide: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, _, g_at, way_at, m_at, _ = _columns(table, tensors, k, start, n, dtype, grad, wide)
+    n, _, g_at, way_at, m_at, _ = _columns(table, tensors, k, start, n, dtype, grad, of_way, wide)
     gg = tl.zeros((BLOCK,), tl.float32)
     gm = tl.zeros((BLOCK,), tl.float32)
     gs = tl.zeros((BLOCK,), tl.float32)
@@ -128,8 +129,8 @@ def _total(sums, bounds, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rounded(x, i, seed, salt: tl.constexpr, dtype: tl.constexpr, chance: tl.constexpr):
-    """In the dtype of the weights, up or down by chance; see `pieces.rounded`."""
-    if chance:
+    """In that dtype, bfloat16 up or down by chance; see `pieces.rounded`."""
+    if chance and dtype == tl.bfloat16:
         h = i * SPREADS[0] + (seed * SPREADS[1] + salt * SPREADS[2])
         h = (h ^ ((h >> 16) & 0xFFFF)) * SPREADS[3]
         h = (h ^ ((h >> 13) & 0x7FFFF)) * SPREADS[4]
@@ -142,8 +143,8 @@ def _rounded(x, i, seed, salt: tl.constexpr, dtype: tl.constexpr, chance: tl.con
 @triton.jit
 def _update(
     table, chunks, tensors, numbers, sums,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
-    BLOCK: tl.constexpr,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, of_way: tl.constexpr,
+    chance: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one chunk, as `directions` does; a gradient that is not taken counts as 0.
 
@@ -153,18 +154,18 @@ def _update(
     k, start, n, b, place, wide = _chunk(table, chunks, tensors, tl.num_programs(0) - 1 - tl.program_id(0))
     mine, to = numbers + WIDTH * b, sums + 5 * place
     if wide:
-        _update_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, chance, True, BLOCK)
+        _update_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, of_way, chance, True, BLOCK)
     else:
-        _update_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, chance, False, BLOCK)
+        _update_chunk(table, tensors, k, start, n, mine, to, adam, momentum, dtype, grad, of_way, chance, False, BLOCK)
 
 
 @triton.jit
 def _update_chunk(
     table, tensors, k, start, n, mine, to,
-    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, chance: tl.constexpr,
-    wide: tl.constexpr, BLOCK: tl.constexpr,
+    adam: tl.constexpr, momentum: tl.constexpr, dtype: tl.constexpr, grad: tl.constexpr, of_way: tl.constexpr,
+    chance: tl.constexpr, wide: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, p_at, g_at, way_at, m_at, v_at = _columns(table, tensors, k, start, n, dtype, grad, wide)
+    n, p_at, g_at, way_at, m_at, v_at = _columns(table, tensors, k, start, n, dtype, grad, of_way, wide)
     taken, back, decay = tl.load(mine + 4), tl.load(mine + 5), tl.load(mine + 6)
     fresh, first = tl.load(mine) * taken, tl.load(mine + 1) * taken
     rate, share = tl.load(mine + 2), tl.load(mine + 3) * taken
@@ -208,14 +209,14 @@ def _update_chunk(
         else:
             lost += rate * g
         tl.store(p_at + i, _rounded(p - lost, at, seed, 0, dtype, chance), inside)
-        tl.store(way_at + i, _rounded((way + lost) * (1.0 - share), at, seed, 1, dtype, chance), inside)
+        tl.store(way_at + i, _rounded((way + lost) * (1.0 - share), at, seed, 1, of_way, chance), inside)
     if adam:
         _store(to, gg, gm, gs, mm, ss)
 
 
 def takes(direction: Direction, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether the kernels can work on the parameter ``p`` with this state."""
-    return fits(direction, p, state) and not torch.compiler.is_compiling()
+    return fits(direction, p, state, group) and not torch.compiler.is_compiling()
 
 
 def numbers(direction: Direction, bucket: Bucket, counts: Counts, move: Move, like: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from elra_hf import averaged
+from elra_hf import ElraC2Min, ElraP2Min, averaged
 from elra_hf.pieces import noise, rounded
 
 from ..iterates import average
@@ -327,3 +328,60 @@ def test_frozen_weights_of_a_dtype_that_nobody_trains_in(cls, dtype):
     resumed = cls([frozen, *copied.parameters()])
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(model, optimizer, range(5, 9)) == train(copied, resumed, range(5, 9))
+
+
+def kept(optimizer):
+    """The dtypes of the distance to the average, x̄ - x."""
+    return {state["way"].dtype for state in optimizer.state.values()}
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_average_of_float32_weights_may_be_kept_in_bfloat16(cls, dtype):
+    model = net(dtype=dtype)
+    optimizer = cls(model.parameters(), bf16_average=True)
+    train(model, optimizer, range(3))
+    assert kept(optimizer) == {torch.bfloat16 if dtype == torch.float32 else dtype}
+    right(optimizer)
+
+
+@every
+@pytest.mark.parametrize("chosen", ["native", "plain"])
+def test_an_average_in_bfloat16_is_near_that_of_the_iterates(cls, chosen, monkeypatch):
+    """Over many steps whose share in the average is below its resolution; and the rate is that of the same run in full."""
+    if chosen == "plain":
+        monkeypatch.setenv("ELRA_KERNELS", "plain")
+    rates = []
+    for bf16_average in (False, True):
+        model = net()
+        optimizer = cls(model.parameters(), bf16_average=bf16_average)
+        iterates = [flat(model)]
+        for step in range(1500):
+            train(model, optimizer, [step])
+            iterates.append(flat(model))
+        rates.append(float(optimizer.param_groups[0]["alpha"]))
+    assert rates[1] == pytest.approx(rates[0], rel=0.3)
+    truth, x = average(iterates, cls), iterates[-1].double()
+    with averaged(optimizer):
+        found = flat(model).double()
+    assert (found - truth).norm() < 0.1 * (x - truth).norm()
+
+
+@every
+def test_a_run_with_an_average_in_bfloat16_resumes_digit_for_digit(cls):
+    model, other = net(), net()
+    optimizer, resumed = (cls(each.parameters(), bf16_average=True) for each in (model, other))
+    train(model, optimizer, range(10))
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    right(resumed)
+    train(model, optimizer, range(10, 20))
+    train(other, resumed, range(10, 20))
+    assert torch.equal(flat(model), flat(other))
+    assert same(snapshot(optimizer), snapshot(resumed))
+
+
+@pytest.mark.parametrize("cls", [ElraC2Min, ElraP2Min])
+def test_what_keeps_no_average_has_none_in_bfloat16(cls):
+    with pytest.raises(ValueError, match="bf16_average=True does not go with horizon=inf"):
+        cls(net().parameters(), horizon=math.inf, bf16_average=True)

@@ -21,7 +21,13 @@ from elra_hf.pieces import Bucket
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1,), (3, 5), (), (0,), (300, 70), (1025,), (17_000,)]
-DIRECTIONS = {"adam": Adam(), "momentum": Momentum(), "no momentum": Momentum((0.0, 0.0))}
+DIRECTIONS = {
+    "adam": Adam(),
+    "momentum": Momentum(),
+    "no momentum": Momentum((0.0, 0.0)),
+    "adam, bf16 average": Adam(bf16_average=True),
+    "momentum, bf16 average": Momentum(bf16_average=True),
+}
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler"))
 TRITON = pytest.param(
     "triton",
@@ -107,7 +113,8 @@ def test_update(name, move, step, maximize, kind):
     columns = {"x": (ours.params, theirs.params), **{n: (ours.state[n], theirs.state[n]) for n in ours.state}}
     for column, (found, truth) in columns.items():
         for a, b in zip(found, truth, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, c=column: f"{c}: {m}")
+            last_digit = 2**-7 if a.dtype == torch.bfloat16 else 1e-5  # Triton's interpreter cuts off what others round
+            torch.testing.assert_close(a, b, rtol=last_digit, atol=1e-6, msg=lambda m, c=column: f"{c}: {m}")
 
 
 @pytest.mark.parametrize("kind", [NATIVE, TRITON])

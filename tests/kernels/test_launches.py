@@ -323,7 +323,7 @@ def built(function, signature, constants, **options):
 
 kinds = [(True, True, tl.float32), (True, True, tl.bfloat16), (False, True, tl.float32), (False, False, tl.float32)]
 for adam, momentum, dtype in kinds:
-    constants = dict(adam=adam, momentum=momentum, dtype=dtype, grad=dtype, BLOCK=own.BLOCK)
+    constants = dict(adam=adam, momentum=momentum, dtype=dtype, grad=dtype, of_way=dtype, BLOCK=own.BLOCK)
     tables = {"table": "*i64", "chunks": "*i64", "tensors": "i32", "sums": "*fp32"}
     # 1024 entries are two loads of 16 bytes for each of 128 threads, or one where an entry has two bytes
     each = 2 if dtype == tl.float32 else 1
