@@ -255,7 +255,7 @@ def test_what_a_step_costs():
     readme, page = README.replace("\n", " "), page.replace("\n", " ")
     kinds = (("fp32", "ElraAdamW"), ("bf16", "ElraAdamW"), ("fp32", "AdamW foreach"))
     gpu = [on_gpu[("GPT-2 small", *kind)] for kind in kinds]
-    assert "it takes {} times, in bfloat16 {} (GPT-2 small; `foreach` AdamW {},".format(*gpu) in readme
+    assert "it took {} times, in bfloat16 {} (GPT-2 small; `foreach` AdamW {},".format(*gpu) in readme
     assert f"takes {first['fp32']} times that of fused AdamW, in bfloat16 {first['bf16']} times (MiniLM's shapes;" in readme
     assert f"`foreach` AdamW {each}, [table]" in readme
     assert f"without a C compiler {slow['fp32']} and {slow['bf16']} times" in readme
