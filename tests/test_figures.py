@@ -160,7 +160,7 @@ def test_a_gpt_of_105_million_parameters():
         assert cells[1:3] == [f"{float(ours[s]['test_loss']):.3f} ({over[s]})" for s in ("constant", "linear")]
         assert float(cells[3]) == float(f"{float(ours['constant']['alpha']):.2g}")
         assert f"| {over['constant']} |" in report
-    assert "ends at {} (from scratch), {} (all weights tuned) and {} (LoRA)".format(*first) in README.replace("\n", " ")
+    assert "ended at {} (from scratch), {} (all weights tuned) and {} (LoRA)".format(*first) in README.replace("\n", " ")
 
 
 def test_others_with_nothing_set():
