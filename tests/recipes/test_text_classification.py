@@ -66,7 +66,7 @@ def test_each_epoch_is_evaluated_and_each_step_logged_to_tensorboard(finished):
             logged.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
     assert len(logged["train/loss"]) == len(logged["train/learning_rate"]) == 12  # 42 rows by 8, twice
     assert len(logged["eval/accuracy"]) >= 2
-    assert len(set(logged["train/elra_alpha"])) > 6
+    assert len(set(logged["train/elra_alpha"])) > 5  # half of the steps, since the rate leaves a decay alone
 
 
 def test_comparison_trains_both_and_prints_one_table(finished):
