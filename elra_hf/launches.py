@@ -70,10 +70,9 @@ class Programs(NamedTuple):
     """A step's functions of a few numbers.
 
     Attributes:
-        decide: the next table twice, what the kernels update with, whether G_t is taken, and the next counts; from the products
-            of the buckets, the table, the shares and the counts.
-        note: the next table, from the products taken in passing, the table, the shares and whether G_t is taken; None where
-            there are none.
+        decide: the next table twice, what the kernels update with, and the next counts; from the products of the buckets, the
+            table, the shares and the counts.
+        note: the next table, from the products taken in passing, the table and the shares; None where there are none.
         counts: the slots of each bucket's counts among the distinct ones.
     """
 
@@ -117,10 +116,13 @@ class Launches(Judge):
         found = [products[PRODUCTS.index(name)] for name in self._passing]
         return torch.stack(found) * self._metric(bucket, self._passing, shares[bucket.index, 0], groups) if found else products
 
-    def _noted(self, total: Tensor, taken: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the next step sees of the products taken in passing; of a step that was not taken nothing."""
+    def _noted(self, total: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the next step sees of the products taken in passing, by name, each of shape (cells,).
+
+        Of a gradient that is not taken nothing: it counts as 0.
+        """
         found = dict(zip(self._passing, total.unbind(1), strict=True))
-        return {name: torch.where(taken & (found["gg"] != 0), value, before[name]) for name, value in found.items()}
+        return {name: torch.where(found["gg"] != 0, value, before[name]) for name, value in found.items()}
 
     def _metric(self, bucket: Bucket, names: tuple[str, ...], full: Tensor, groups: dict[str, Tensor]) -> Tensor:
         """What the products of a group weigh: gradients by how far the group moves, ways by its inverse."""
@@ -222,27 +224,25 @@ class Launches(Judge):
                 rows.append(triton.numbers(self.direction, bucket, own, move, table))
                 after |= {places[name]: value for name, value in self.direction.count(bucket.group, own, move).items()}
             written = self._written(verdict, groups, shares)
-            return written, written, torch.stack(rows), verdict.taken.to(table), *after.values()
+            return written, written, torch.stack(rows), *after.values()
 
         def weigh_passing(rows: Tensor, table: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
             groups = dict(zip(names, table.unbind(1), strict=True))
             found = [self._note(bucket, row, shares, groups) for bucket, row in zip(buckets, rows.unbind(), strict=True)]
             return self._added(buckets, ranks, shares, found)
 
-        def note(total: Tensor, table: Tensor, shares: Tensor, taken: Tensor) -> tuple[Tensor, ...]:
+        def note(total: Tensor, table: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
             groups = dict(zip(names, table.unbind(1), strict=True))
-            noted = self._noted(total, taken != 0, self._recall([], groups))
+            noted = self._noted(total, self._recall([], groups))
             groups |= {name: value.expand(len(table)) for name, value in noted.items()}
             return (torch.stack([groups[name] for name in names], 1),)
 
         rows, shares, table = like.new_ones(len(buckets), len(PRODUCTS)), like.new_ones(len(like), 2), torch.ones_like(like)
         counts = [like.new_ones(()) for _ in {slot for own in slots for slot in own.values()}]
-        numbers, taken = like.new_ones(len(buckets), len(triton.NUMBERS)), like.new_ones(())
+        numbers = like.new_ones(len(buckets), len(triton.NUMBERS))
         try:
-            decides = Summed(
-                weigh, decide, ranks, [rows, table, shares, *counts], [table, table.clone(), numbers, taken, *counts]
-            )
-            notes = Summed(weigh_passing, note, ranks, [rows, table, shares, taken], [table]) if self._passing else None
+            decides = Summed(weigh, decide, ranks, [rows, table, shares, *counts], [table, table.clone(), numbers, *counts])
+            notes = Summed(weigh_passing, note, ranks, [rows, table, shares], [table]) if self._passing else None
         except Exception as error:  # whatever the compiler has to say, the long way is open
             log.debug("elra_hf: the decision takes many launches: %s", error)
             return None
@@ -265,10 +265,10 @@ class Launches(Judge):
             found |= {slot: bucket.counts[name] for name, slot in own.items()}
         counts = [found[slot] for slot in range(len(found))]
         rows = triton.measure(self.direction, buckets)
-        shown, taken = torch.empty_like(table), table.new_empty(())
+        shown = torch.empty_like(table)
         numbers = table.new_empty(len(buckets), len(triton.NUMBERS))
-        programs.decide([rows, table, shares, *counts], [table, shown, numbers, taken, *counts])
+        programs.decide([rows, table, shares, *counts], [table, shown, numbers, *counts])
         rows = triton.update(self.direction, buckets, numbers)
         if programs.note:
-            programs.note([rows, table, shares, taken], [table])
+            programs.note([rows, table, shares], [table])
         self._show_all(shown)

@@ -200,7 +200,7 @@ class Elra(Launches):
         moves = [self._move(bucket, verdict, shares, groups) for bucket in buckets]
         passing = self._update(buckets, moves, ranks, shares, groups)
         if self._passing:
-            verdict = verdict._replace(memory={**verdict.memory, **self._noted(all_sum(passing), verdict.taken, before)})
+            verdict = verdict._replace(memory={**verdict.memory, **self._noted(all_sum(passing), before)})
         self._publish(params, verdict, self._written(verdict, groups, shares))
 
     # ---- measure ----------------------------------------------------------------------------------------------------------
