@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elra_hf.average import averaged, keeper, settle, warn_of_statistics
-from elra_hf.optimizer import inside, rate, unwrap
-from elra_hf.reduce import local, slicer
+from elra_hf.average import settle
+from elra_hf.optimizer import rate, unwrap
 
+from .averages import Averages, ours
 from .found import Found, Search, Trace
 
-# Lightning's own averages; not every version has all
-AVERAGES = tuple(
-    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
 
-
-class ElraMonitor(Callback):  # type: ignore[misc]
+class ElraMonitor(Averages):
     """Log the rate really applied, α, the cosine and the restarts, whenever the Trainer logs.
 
     ``LearningRateMonitor`` would show the scheduler's ``lr`` only. The keys are ``elra/rate``, ``elra/alpha``, ``elra/cos`` and
@@ -49,7 +41,6 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self.prog_bar = prog_bar
         self.loss_restarts = loss_restarts
         self.averaged = averaged
-        self._swapped: ExitStack | None = None
         self.found: list[Found] = []
         self._losses: list[Tensor] = []
         self._handles: list[Any] = []
@@ -59,22 +50,8 @@ class ElraMonitor(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to listen to the losses."""
         if self.averaged:
-            for _, each in _elra(trainer.optimizers):
-                keeper(each)
-            if any(local(p) is not p or slicer(p) == "FSDP1" for p in pl_module.parameters()):
-                raise ValueError(
-                    "ElraMonitor(averaged=True) does not go with a strategy that shards the weights: leave it out, and use "
-                    "elra_hf.averaged(optimizer) where you evaluate"
-                )
-            for each in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(each, AVERAGES):
-                    raise ValueError(
-                        f"ElraMonitor(averaged=True) does not go with {type(each).__name__}, which puts an average of its own "
-                        "into the model: leave one of them out"
-                    )
-            warn_of_statistics("ElraMonitor(averaged=True)", pl_module)
-            self._save_average(trainer)
-        self._traces, self._unseen = {index: Trace() for index, _ in _elra(trainer.optimizers)}, set()
+            self._start_to_average(trainer, pl_module)
+        self._traces, self._unseen = {index: Trace() for index, _ in ours(trainer.optimizers)}, set()
         if not self.loss_restarts:
             return
         if not pl_module.automatic_optimization:
@@ -92,7 +69,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
                 kwargs = {**kwargs, "loss": trainer.strategy.reduce(loss, reduce_op="mean")}
             return args, kwargs
 
-        self._handles = [unwrap(each).register_step_pre_hook(give_loss) for _, each in _elra(trainer.optimizers)]
+        self._handles = [unwrap(each).register_step_pre_hook(give_loss) for _, each in ours(trainer.optimizers)]
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Forget the losses of the last step, taken or not."""
@@ -106,7 +83,7 @@ class ElraMonitor(Callback):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the step before, of the same batch, and remember that this one is taken."""
-        for index, each in _elra(trainer.optimizers):
+        for index, each in ours(trainer.optimizers):
             if each is optimizer:
                 self._look(index, each)
                 self._unseen.add(index)
@@ -121,11 +98,11 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log. Reading the values waits for the device, hence only when they are going to be written."""
-        for index, optimizer in _elra(trainer.optimizers):
+        for index, optimizer in ours(trainer.optimizers):
             self._look(index, optimizer)
         if not trainer._logger_connector.should_update_logs:
             return
-        for index, optimizer in _elra(trainer.optimizers):
+        for index, optimizer in ours(trainer.optimizers):
             prefix = self._prefix(index)
             group = unwrap(optimizer).param_groups[0]
             pl_module.log(f"{prefix}/rate", rate(optimizer), prog_bar=self.prog_bar)
@@ -148,76 +125,17 @@ class ElraMonitor(Callback):  # type: ignore[misc]
         """End with the average, also where a finished run was resumed, and nothing was trained."""
         if self._ends_with_average(trainer):
             self._swap_out()
-            for _, each in _elra(trainer.optimizers):
+            for _, each in ours(trainer.optimizers):
                 settle(each)
 
     def _ends_with_average(self, trainer: Trainer) -> bool:
         finds = any(isinstance(each, RateFinder) for each in trainer.callbacks)  # type: ignore[attr-defined]
         return self.averaged and not finds  # which puts everything back
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swap the average in."""
-        if self.averaged and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._swapped = self._swap(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swap it out."""
-        self._swap_out()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Swap it out, whatever happened, and stop listening; others may still save the weights."""
         self._swap_out()
         self._stop_listening()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average as the model, and aside what training goes on from."""
-        if not self.averaged or trainer.state.fn != "fit":
-            return
-        now = checkpoint["state_dict"]  # the parameters themselves
-        mean = self._mean(trainer, now)
-        if inside := self._swapped is not None:
-            self._swap_out()
-        iterate = {
-            name: value for name, value in now.items() if isinstance(value, Tensor) and not torch.equal(value, mean[name])
-        }
-        if inside:  # somebody saves in a validation
-            iterate = {name: value.detach().clone() for name, value in iterate.items()}
-            self._swapped = self._swap(trainer)
-        checkpoint |= {"state_dict": mean, "elra_iterate": iterate}
-
-    def _save_average(self, trainer: Trainer) -> None:
-        """Save the average where weights alone are saved, of which Lightning's callbacks do not hear."""
-        vars(trainer.strategy).pop("save_checkpoint", None)  # of a run that failed
-        save = trainer.strategy.save_checkpoint
-
-        def save_average(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if "optimizer_states" not in checkpoint and trainer.state.fn == "fit":
-                checkpoint = {**checkpoint, "state_dict": self._mean(trainer, checkpoint["state_dict"])}
-            save(checkpoint, *args, **kwargs)
-
-        trainer.strategy.save_checkpoint = save_average  # type: ignore[method-assign]
-
-    def _mean(self, trainer: Trainer, now: dict[str, Any]) -> dict[str, Any]:
-        """The average in the place of the parameters in ``now``."""
-        with nullcontext() if self._swapped else self._swap(trainer):
-            return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in now.items()}
-
-    def _swap_out(self) -> None:
-        if self._swapped is not None:
-            self._swapped.close()
-            self._swapped = None
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on from where the training was, not from the average."""
-        if trainer.state.fn == "fit":
-            pl_module.load_state_dict(checkpoint.get("elra_iterate", {}), strict=False)
-
-    @staticmethod
-    def _swap(trainer: Trainer) -> ExitStack:
-        stack = ExitStack()
-        for _, each in _elra(trainer.optimizers):
-            stack.enter_context(averaged(each))
-        return stack
 
     def _prefix(self, index: int) -> str:
         return "elra" if len(self._traces) == 1 else f"elra/{index}"
@@ -315,8 +233,3 @@ class RateFinder(Callback):  # type: ignore[misc]
 def _schedule(trainer: Trainer) -> str:
     """The schedule of the run, in words."""
     return ", ".join(type(each.scheduler).__name__ for each in trainer.lr_scheduler_configs) or "constant"
-
-
-def _elra(optimizers: Iterable[Any]) -> list[tuple[int, Any]]:
-    """Those of ``optimizers`` that are ours, with their numbers."""
-    return [(index, each) for index, each in enumerate(optimizers) if inside(each)]
