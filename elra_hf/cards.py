@@ -174,4 +174,9 @@ def versions() -> dict[str, str]:
 
 def _table(rows: Mapping[str, object], *header: str) -> str:
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items()])
+    return "\n".join(lines + [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()])
+
+
+def _cell(value: object) -> str:
+    """``value`` as a table of Markdown takes it: a bar would begin the next cell, an end of line the next row."""
+    return " ".join(str(value).split()).replace("|", r"\|")

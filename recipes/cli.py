@@ -43,6 +43,18 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; choose from {', '.join(choices)}" if len(choices) <= 12 else "; see --help"
 
 
+def require_positive(option: str, value: float) -> None:
+    """Refuse what is not above 0."""
+    if not value > 0:
+        raise InputError(f"{option} {value}: give a number above 0")
+
+
+def require_seed(option: str, seed: int | None) -> None:
+    """Refuse a seed that NumPy takes for none."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"{option} {seed}: give a whole number from 0 to {2**32 - 1}")
+
+
 def parse(types: Sequence[type], defaults: Sequence[Path], argv: Sequence[str]) -> tuple[Any, ...]:
     """Parse ``[CONFIG.yaml] [--option value …]``; what stands later wins.
 

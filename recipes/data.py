@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 
-from recipes.cli import InputError, nearest
+from recipes.cli import InputError, nearest, require_seed
 
 TEST, VALIDATION = 0.2, 0.1  # shares that are cut off where the data come without them
 Reader = tuple[str, dict[str, Any]]  # a builder of the datasets library, and its options
@@ -43,6 +43,10 @@ class SourceArguments:
         default=None, metadata={"help": "default: 'text', 'sentence' or the only other column of strings"}
     )
     split_seed: int = field(default=0, metadata={"help": "seed of the cut; apart from --seed, so that runs share the test set"})
+
+    def __post_init__(self) -> None:
+        """Check what would end in the middle of the data."""
+        require_seed("--split_seed", self.split_seed)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from elra_hf.adapters.transformers import schedule
 from elra_hf.cards import explained
 from elra_hf.plots import plot_rates, series
 from elra_hf.variants import VARIANTS
-from recipes.cli import InputError, parse, show
+from recipes.cli import InputError, parse, require_positive, require_seed, show
 from recipes.sweep import append
 
 PARTS = {"eval": "validation", "test": "test"}  # the Trainer's prefixes of metrics, and the split that each is measured on
@@ -86,8 +86,19 @@ def parse_runs(types: Sequence[type], defaults: Sequence[Path], argv: Sequence[s
         runs.append(parse(types, defaults, [*argv, "--optim", name, "--optim_args", "", "--output_dir", folder])[-1])
         runs[-1].resume_from_checkpoint = None  # which is one of another optimizer
     for each in runs:
+        check_numbers(each)
         check_optimizer(each)
     return runs, options
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """Refuse what the Trainer would only meet after model and data are loaded, or trained."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require_positive(f"--{name}", getattr(args, name))
+    if args.max_steps <= 0:  # which outweighs the epochs
+        require_positive("--num_train_epochs", args.num_train_epochs)
+    for name in ("seed", "data_seed"):
+        require_seed(f"--{name}", getattr(args, name))
 
 
 def check_optimizer(args: TrainingArguments) -> None:

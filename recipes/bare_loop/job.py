@@ -44,7 +44,11 @@ def options() -> Options:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, default in vars(Options()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=" ")
-    return Options(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    for name, least in {"steps": 0, "batch_size": 1, "layers": 1, "width": 32, "seed": 0}.items():
+        if given[name] < least:
+            parser.error(f"argument --{name}: {given[name]} is too low: give {least} or more")
+    return Options(**given)
 
 
 def accelerator() -> Accelerator:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from recipes.cli import InputError, nearest
+from recipes.cli import InputError, nearest, require_positive, require_seed
 from recipes.data import SPLITS, packaged, split
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -40,8 +40,8 @@ class Images(LightningDataModule):
         self, dataset: str = "fashion_mnist", batch_size: int = 64, image_size: int | None = None, split_seed: int = 0
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"--data.batch_size {batch_size}: give a number of images, 1 or more")
+        require_positive("--data.batch_size", batch_size)
+        require_seed("--data.split_seed", split_seed)
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = split_seed

@@ -32,7 +32,7 @@ from elra_hf.adapters.found import facts
 from elra_hf.adapters.lightning import ElraMonitor
 from elra_hf.cards import explained, write_card
 from elra_hf.plots import plot_rates, series
-from recipes.cli import InputError, nearest, run, show
+from recipes.cli import InputError, nearest, require_seed, run, show
 from recipes.image_classification.data import Images
 from recipes.image_classification.model import ImageClassifier
 
@@ -77,6 +77,12 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
         parser.link_arguments("data.channels", "model.channels", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool):  # True: by chance
+            require_seed("--seed_everything", seed)
 
     def instantiate_classes(self) -> None:
         try:

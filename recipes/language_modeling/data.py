@@ -28,6 +28,12 @@ class TextArguments(SourceArguments):
 
     block_size: int = field(default=128, metadata={"help": "tokens of a row: texts are joined and cut into such rows"})
 
+    def __post_init__(self) -> None:
+        """Check what would leave nothing to predict."""
+        super().__post_init__()
+        if self.block_size < 2:
+            raise InputError(f"--block_size {self.block_size}: give 2 or more, a token and the next")
+
 
 def python() -> DatasetDict:
     """The source of Python's standard library, a document for each module."""

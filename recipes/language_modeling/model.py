@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.cli import InputError
+from recipes.cli import InputError, require_positive
 from recipes.trainer import CompareArguments, loading
 
 END = "<|endoftext|>"
@@ -55,8 +55,7 @@ class ModelArguments(CompareArguments):
     def __post_init__(self) -> None:
         """Check what no library would refuse in a clear line."""
         for name in ("vocab_size", "layers", "width", "lora_rank", "lora_plus_ratio"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} {getattr(self, name)}: give a number above 0")
+            require_positive(f"--{name}", getattr(self, name))
         if self.width % HEAD:
             raise InputError(f"--width {self.width}: give a multiple of {HEAD}")
         if self.lora_plus_ratio != 1 and not self.use_peft:

@@ -41,6 +41,11 @@ class ModelArguments(CompareArguments):
     max_seq_length: int = field(default=128, metadata={"help": "tokens of a text; longer ones are cut"})
     freeze_layers: int = field(default=0, metadata={"help": "keep the embeddings and this many layers as pretrained"})
 
+    def __post_init__(self) -> None:
+        """Check what would leave nothing of the texts."""
+        if self.max_seq_length < 3:
+            raise InputError(f"--max_seq_length {self.max_seq_length}: give 3 or more, of which two mark the ends of a text")
+
 
 def main(argv: Sequence[str]) -> None:
     """Train, evaluate, and write model, metrics, picture and card to the output folder."""

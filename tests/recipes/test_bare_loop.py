@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from recipes.bare_loop import job
 from tests.recipes.conftest import ROOT
 
 FOLDER = ROOT / "recipes/bare_loop"
@@ -37,6 +38,15 @@ def test_two_lines_differ_from_adamw():
     assert [line[0] for line in changes] == ["-", "+", "-", "+"]
     shown = (FOLDER / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
     assert shown == [line[0] + line[2:] for line in changes]
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [("batch_size", "0", 1), ("seed", "-1", 0), ("steps", "-5", 0)])
+def test_a_number_too_low_is_refused(option, value, least, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--{option}", value])
+    with pytest.raises(SystemExit) as stopped:
+        job.options()
+    assert stopped.value.code == 2
+    assert f"argument --{option}: {value} is too low: give {least} or more" in capsys.readouterr().err
 
 
 def test_both_learn_and_show_the_rate_that_was_applied(alone):

@@ -218,6 +218,8 @@ WRONG = {
     "too few": (["--data.dataset", "{tmp}/few"], "too few images"),
     "tiny pictures": (["--data.image_size", "4"], "smaller than 8x8"),
     "batch size": (["--data.batch_size", "0"], "--data.batch_size 0"),
+    "seed": (["--seed_everything", "-1"], "--seed_everything -1: give a whole number from 0 to 4294967295"),
+    "seed of the cut": (["--data.split_seed", "-1"], "--data.split_seed -1: give a whole number from 0 to 4294967295"),
     "large batch": (["--data.batch_size", "1000"], "there are only 42 training images"),
     "option": (["--data.batchsize", "3"], "batchsize"),
     "number": (["--trainer.max_epochs", "many"], "max_epochs"),

@@ -151,6 +151,8 @@ WRONG = {
     "width": (["--width", "100"], "--width 100: give a multiple of 32"),
     "vocabulary": (["--vocab_size", "100"], "--vocab_size 100: give 257 or more"),
     "block": (["--model_name_or_path", "{base}", "--block_size", "64"], "--block_size 64: the model takes 2 to 16 tokens"),
+    "no block": (["--block_size", "1"], "--block_size 1: give 2 or more"),
+    "seed": (["--seed", "-1"], "--seed -1: give a whole number from 0 to 4294967295"),
     "prompt": (["--prompt", "x " * 200], "fewer than --block_size"),
     "checkpoint": (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: no checkpoint there"),
     "optimizer": (["--optim", "elra_adamv"], "did you mean elra_adamw?"),

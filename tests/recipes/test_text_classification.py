@@ -159,6 +159,12 @@ WRONG = {
     "optimizer's option": (["--optim", "elra_c2min", "--optim_args", "gian=0.4"], "gain"),
     "optimizer's value": (["--optim_args", "gain=7"], "gain"),
     "optimizer's rate": (["--learning_rate", "0"], "--optim elra_adamw: lr=0.0 is invalid"),
+    "batch size": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: give a number above 0"),
+    "accumulation": (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: give a number above 0"),
+    "no epochs": (["--num_train_epochs", "0"], "--num_train_epochs 0.0: give a number above 0"),
+    "seed": (["--seed", "-1"], "--seed -1: give a whole number from 0 to 4294967295"),
+    "seed of the cut": (["--split_seed", "-1"], "--split_seed -1: give a whole number from 0 to 4294967295"),
+    "no room": (["--max_seq_length", "2"], "--max_seq_length 2: give 3 or more"),
     "optimizer's decay": (["--weight_decay", "-1"], "weight_decay=-1.0 is invalid"),
 }
 
