@@ -32,8 +32,8 @@ class Tracking:
     """
 
     gain: float = 0.03
-    early_gain: float = 1.0
-    horizon: float = 7.0
+    early_gain: float = 0.7
+    horizon: float = 10.0
     first: float | None = None
 
     def __post_init__(self) -> None:

@@ -158,7 +158,7 @@ def adamw(
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         if shares:
             w = weight_of(shares)
-            alpha = clamp(alpha * np.exp(max(0.03, 7 / (7 + clock)) * w * signal), 1e-8, 1e6)
+            alpha = clamp(alpha * np.exp(max(0.03, 7 / (10 + clock)) * w * signal), 1e-8, 1e6)
             clock += w
         shares.append(schedule(t))
         rate = alpha * shares[-1]
