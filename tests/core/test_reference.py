@@ -91,16 +91,16 @@ def test_recorded_gradients(method, problem, dtype, tolerance):
 
     expected_x, expected_alpha = reference(replay, x0, steps, alpha0=float(np.float32(1e-5)), **options)
     # and what the rounding of the gradients alone makes of the reference: the slope along the way back is a difference
-    noise = np.random.default_rng(0).uniform(-1, 1, recorded.shape) * torch.finfo(dtype).eps
-    near_x, near_alpha = reference(
-        lambda t, x: recorded[t] * (1 + noise[t]), x0, steps, alpha0=float(np.float32(1e-5)), **options
-    )
+    near = []
+    for seed in range(4):  # one draw may be calm by chance
+        noise = 1 + np.random.default_rng(seed).uniform(-1, 1, recorded.shape) * torch.finfo(dtype).eps
+        near.append(reference(lambda t, x, n=noise: recorded[t] * n[t], x0, steps, alpha0=float(np.float32(1e-5)), **options))
     x, alpha = run(cls, {"lr": float(np.float32(1e-5)), **options}, replay, x0, steps, dtype)
-    for error, actual, near, expected in (
-        (error_alpha, alpha, near_alpha, expected_alpha),
-        (error_x, x, near_x, expected_x),
+    for error, actual, nearby, expected in (
+        (error_alpha, alpha, [alphas for _, alphas in near], expected_alpha),
+        (error_x, x, [xs for xs, _ in near], expected_x),
     ):
-        rounding = np.maximum.accumulate(error(near, expected))
+        rounding = np.maximum.accumulate(np.max([error(each, expected) for each in nearby], axis=0))
         predictable = rounding < 0.01
         assert predictable.sum() >= 50, "the comparison has become empty"
         assert (error(actual, expected) <= tolerance + 30 * rounding)[predictable].all()
