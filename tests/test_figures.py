@@ -148,7 +148,9 @@ def test_a_gpt_of_a_million_parameters():
 def test_a_gpt_of_105_million_parameters():
     rows = read(RESULTS / "scale-nvidia-h200.csv")
     report = (RESULTS / "scale-nvidia-h200.md").read_text()
-    shown = table_rows(section("A GPT of 105 million parameters"), "(from|all|LoRA).+")
+    text = section("A GPT of 105 million parameters")
+    assert "\n| | AdamW, best of 5 rates | elra_adamw, constant | linear | rate found, constant |\n" in text
+    shown = table_rows(text, "(from|all|LoRA).+")
     first = []
     for name, (_, *cells) in zip(("scratch", "tune", "lora"), shown, strict=True):
         task = [row for row in rows if row["task"] == f"large-{name}"]

@@ -8,7 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
+from elra_hf import ElraAdamW, ElraC2Min, ElraP2Min
+from elra_hf.rules.c2min import FIRST as FIRST_OF_C2MIN
+from elra_hf.rules.p2min import FIRST as FIRST_OF_P2MIN
 from tests.recipes.conftest import rows_csv, tiny_model  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +80,19 @@ def test_the_pages_are_few_and_their_pictures_small():
     text = "".join(page.read_text() for page in PAGES)
     assert [picture.name for picture in pictures if f"img/{picture.name}" not in text] == []
     assert all((ROOT / "docs" / name).is_file() for name in re.findall(r"\]\((img/[^)]+)\)", text))
+
+
+def test_the_formulas_hold_the_constants_of_the_rules():
+    page, x = (ROOT / "docs/how.md").read_text(), [torch.nn.Parameter(torch.ones(2))]
+    tracking, c2min, p2min = (cls(x).rule for cls in (ElraAdamW, ElraC2Min, ElraP2Min))
+    over, first = tracking.early_gain * tracking.horizon, FIRST_OF_C2MIN
+    for formula in (
+        rf"\max\left({tracking.gain},\ \dfrac{{{over:g}}}{{{tracking.horizon:g} + t}}\right)",
+        rf"\left(1 + {c2min.gain}\, s_t\right)",
+        rf"\dfrac{{{c2min.horizon:g}}}{{{c2min.horizon:g} + t}}\, w_t\, c_t",
+        rf"w_t\, {p2min.horizon:g}/({p2min.horizon:g}+t)",
+        f"`lr` does not matter: {tracking.first} times the typical size of a weight for `elra_adamw`",
+        f"the first step is {first} of the weights long, and half of that for `elra_p2min`",
+    ):
+        assert formula in page.replace("\n", " ")
+    assert first / 2 == FIRST_OF_P2MIN
