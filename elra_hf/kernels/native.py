@@ -178,10 +178,11 @@ def _run(op: int, bucket: Bucket, numbers: Numbers, decay: float) -> Tensor:
         work(0, pieces)
     else:
         edges = [pieces * i // threads for i in range(threads + 1)]
-        list(_pool(threads).map(work, edges[:-1], edges[1:]))
+        list(_pool(threads, os.getpid()).map(work, edges[:-1], edges[1:]))
     return sums.sum(0)
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none of its parent's."""
     return ThreadPoolExecutor(threads, thread_name_prefix="elra_hf")

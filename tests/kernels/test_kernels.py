@@ -151,6 +151,29 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(*found)
 
 
+AFTER_A_FORK = """
+import os, signal, torch
+from elra_hf import ElraAdamW
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.ones(2**21))
+p.grad = torch.ones_like(p)
+optimizer = ElraAdamW([p])
+optimizer.step()
+optimizer.step()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    optimizer.step()
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not shutil.which("cc"), reason="no fork, or no C compiler")
+def test_a_fork_of_a_process_that_has_taken_steps_takes_some():
+    subprocess.run([sys.executable, "-c", AFTER_A_FORK], cwd=ROOT, check=True, timeout=60)
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 @pytest.mark.parametrize(
     "given",
