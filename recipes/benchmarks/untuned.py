@@ -1,14 +1,15 @@
 """Ours with nothing set over what they build on at the best rate and schedule of its sweep, task by task, and a picture.
 
-``python -m recipes.benchmarks.untuned`` prints the tables, of ElraAdamW over AdamW and of ElraC2Min and ElraP2Min over SGD with
-momentum, and draws results/untuned.png, from language.csv, quick.csv, full.csv and more-seeds.csv there. The last has six more
-seeds of tasks that take seconds, where single seeds differ most.
+``python -m recipes.benchmarks.untuned`` draws results/untuned.png and renews the tables in README and docs/evidence.md, of
+ElraAdamW over AdamW and of ElraC2Min and ElraP2Min over SGD with momentum, from language.csv, quick.csv, full.csv and
+more-seeds.csv. The last has six more seeds of tasks that take seconds, where single seeds differ most. The sentences around
+the tables are written by hand; tests/test_figures.py compares them with the rows.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
@@ -19,6 +20,7 @@ from recipes.sweep import Row, read
 from .run import TUNING_SEED
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
 TASKS = {
     "gpt-scratch": "GPT from scratch, 3.7 M parameters",
     "gpt-tune": "the same net, all weights, on another text",
@@ -173,12 +175,24 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def put(page: Path, header: Sequence[str], *tables: Iterable[Sequence[str]]) -> None:
+    """Renew the tables of ``page`` that begin with ``header``, of which there are as many as ``tables``."""
+    head = line(header)
+    text, *parts = page.read_text("utf-8").split(head)
+    for part, rows in zip(parts, tables, strict=True):
+        body = line(["---"] * len(header)) + "".join(map(line, rows))
+        text += head + body + part[part.index("\n\n") + 1 :]
+    page.write_text(text, "utf-8")
+
+
+def line(cells: Iterable[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |\n"
+
+
 if __name__ == "__main__":
     draw(RESULTS / "untuned.png")
-    for optimizer, (rival, _) in COMPARED.items():
-        print(f"\n{optimizer} over tuned {rival}\n")
-        for cells in (("task", *COLUMNS, "better"), ("---",) * (2 + len(COLUMNS)), *table(optimizer)):
-            print("|", " | ".join(cells), "|")
-    print("\nothers, with nothing set\n")
-    for line in (("optimizer", "geometric mean", "worst"), ("---",) * 3, *others()):
-        print("|", " | ".join(line), "|")
+    columns = (*COLUMNS, "better")
+    put(ROOT / "README.md", (f"over {len(COMPARED['elra_adamw'][1])} tasks", *columns), means())
+    put(ROOT / "docs/evidence.md", ("task", *columns), *map(table, COMPARED))
+    put(ROOT / "docs/evidence.md", ("optimizer", "geometric mean", "worst"), others())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from recipes.benchmarks import report, tasks
+from recipes.benchmarks import report, tasks, untuned
 from recipes.benchmarks.functions import FUNCTIONS
 from recipes.benchmarks.optimizers import OPTIMIZERS
 from recipes.benchmarks.run import (
@@ -545,3 +545,14 @@ def test_make_bench_installs_the_packages_that_optimizers_name():
     packages = {declared.package for declared in OPTIMIZERS.values() if "==" in declared.package}
     assert len(packages) == 5
     assert all(package in makefile for package in packages)
+
+
+def test_tables_of_a_page_are_renewed_in_their_order(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("One:\n\n| a | b |\n|---|---:|\n| 1 | 2 |\n| 3 | 4 |\n\ntwo:\n\n| a | b |\n| - | - |\n\n| c | b |\n")
+    untuned.put(page, ("a", "b"), [("5", "6")], [("7", "8"), ("9", "0")])
+    assert page.read_text() == (
+        "One:\n\n| a | b |\n| --- | --- |\n| 5 | 6 |\n\ntwo:\n\n| a | b |\n| --- | --- |\n| 7 | 8 |\n| 9 | 0 |\n\n| c | b |\n"
+    )
+    with pytest.raises(ValueError, match="zip"):
+        untuned.put(page, ("a", "b"), [("5", "6")])
