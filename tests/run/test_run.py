@@ -25,7 +25,7 @@ def launch(command, *args):
 
 def options(folder, optim="elra_adamw"):
     pairs = {
-        "output_dir": folder, "optim": optim, "max_steps": 60, "logging_steps": 5, "use_cpu": True, "report_to": "none",
+        "output_dir": folder, "optim": optim, "max_steps": 80, "logging_steps": 5, "use_cpu": True, "report_to": "none",
         "save_strategy": "no", "learning_rate": 1e-3, "rows": 32, "optim_args": "eps=1e-7,betas=(0.9,0.99)",
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in pairs.items()]
