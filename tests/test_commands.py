@@ -181,8 +181,9 @@ def run(command: str, folder: Path) -> tuple[int | None, str]:
 
 @pytest.mark.parametrize("script", GROUPS)
 def test_commands_run(script, tmp_path, tiny_model, rows_csv):  # noqa: F811
-    for name in ("recipes", "elra_hf"):
+    for name in ("recipes", "elra_hf", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(tiny_model, tmp_path / "model")
     rows = Path(rows_csv).read_text()
     (tmp_path / "rows.csv").write_text(rows)
