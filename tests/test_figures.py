@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from recipes.benchmarks import finder, report, untuned
+from recipes.benchmarks import finder, report, tasks, untuned
 from recipes.benchmarks.run import key
 from recipes.sweep import read, spread
 
@@ -119,7 +119,10 @@ def test_nothing_set_against_a_sweep():
         assert f"| {' | '.join(row)} |" in lines
     prose = README.replace("\n", " ")
     assert f"over {len(untuned.quotients())} tasks at {mean_row[1]} of its test loss with a linear decay" in prose
-    assert f"at worst at {worst_row[1]}." in prose
+    assert f"at worst at {worst_row[1]}. The worst is LoRA with a head in 150 steps" in prose
+    of = untuned.quotients()
+    assert max(of, key=lambda task: of[task]["linear"]) == "minilm-lora-questions"
+    assert tasks.find("minilm-lora-questions").steps == 150
 
 
 def test_any_rate_trains_alike():
@@ -197,6 +200,8 @@ def test_the_average_of_a_constant_schedule():
     behind = [max(100 * of[task][column][0] - 100 for task in texts) for column in ("constant", "constant, average")]
     page = (ROOT / "docs/choose.md").read_text().replace("\n", " ")
     assert "up to {:.0f} % behind tuned AdamW, where the average is at most {:.0f} % behind".format(*behind) in page
+    ahead = [100 - 100 * of[task]["constant"][0] / of[task]["linear"][0] for task in language if task.startswith("gpt-")]
+    assert f"in short runs: {min(ahead):.0f} to {max(ahead):.0f} % better there" in page
     lags = [100 * of[task]["constant, average"][0] / of[task]["constant"][0] - 100 for task in language]
     page = (ROOT / "docs/find-a-rate.md").read_text().replace("\n", " ")
     assert f"it lags behind by {min(lags):.0f} to {max(lags):.0f} %" in page
