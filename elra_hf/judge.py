@@ -50,9 +50,8 @@ class Judge(Cells):
         memory["scale"] = torch.where(entries > 0, typical, memory["scale"])
         # weights that start at 0 count as what is drawn for others of their shape
         dots |= {"scale": memory["scale"], "size": torch.where(size > 0, size, entries * typical.square())}
-        weight, reached = self._weights(groups, shares)
-        old = ~young  # before, nothing has moved that could say anything
-        dots |= {"steps": memory["steps"], "weight": old * weight, "reached": old * reached}
+        # before, nothing has moved that could say anything
+        dots |= {"steps": memory["steps"]} | {name: ~young * said for name, said in self._weights(groups, shares).items()}
         decision: Decision = self.rule(alpha, dots, memory)
 
         some, finite = square != 0, torch.isfinite(square)
@@ -94,16 +93,17 @@ class Judge(Cells):
             return torch.ones_like(alpha)
         return ((alpha > scale) & (scale > 0)).to(alpha)
 
-    def _weights(self, groups: dict[str, Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
-        """How much the last step of each cell says about the schedule's full rate, and the highest share so far.
+    def _weights(self, groups: dict[str, Tensor], shares: Tensor) -> dict[str, Tensor]:
+        """What the last step of each cell says about the schedule's full rate, and the highest share so far, by name.
 
-        Both are in [0, 1], and 0 before there was a step. The first is the share that was reached in a warm-up, for α must not
-        undo it, and less in a decay: nothing below half of the highest share so far, since smaller steps make cosines rise, and
-        answering would undo the decay. Under scope "global" those of the group that has most.
+        All are in [0, 1], and 0 before there was a step. ``weight`` is the share itself, so that α does not undo a warm-up, and
+        0 from half of the highest share so far on: smaller steps make cosines rise, and answering would undo the decay.
+        ``fading`` falls until there. Under scope "global" those of the group that has most.
         """
         full, multiplier, peak = shares[:, 0], groups["multiplier"], groups["peak"]
-        weight = (2.0 * multiplier / peak - 1.0).clamp(0.0, 1.0) * (multiplier / full).clamp(max=1.0)
-        found = weight.nan_to_num(0.0), (peak / full).clamp(max=1.0).nan_to_num(0.0)
+        share, left = (multiplier / full).clamp(max=1.0), multiplier / peak
+        weights = {"weight": share * (left > 0.5), "fading": share * (2.0 * left - 1.0).clamp(0.0, 1.0)}
+        found = {name: said.nan_to_num(0.0) for name, said in {**weights, "reached": (peak / full).clamp(max=1.0)}.items()}
         if self.scope == "global":
-            return found[0].amax(0, keepdim=True), found[1].amax(0, keepdim=True)
-        return self._of_cells(found[0]), self._of_cells(found[1])
+            return {name: said.amax(0, keepdim=True) for name, said in found.items()}
+        return {name: self._of_cells(said) for name, said in found.items()}

@@ -4,9 +4,9 @@ A rule is a pure function of tensors with one entry a cell of the scope, and kno
 are named by two letters: g the gradient G_t, m the momentum, s the way back to the average of the iterates, x̄_t - x_t; for the
 paper's rules also p the gradient G_{t-1} and d the direction moved along in step t-1. They are taken in the metric of the
 direction; see `directions`. One that takes them in passing hands over those of the step before. Beside them a rule gets
-``weight``, how much a step says about the schedule's full rate, and ``reached``, the highest share of it so far, both in
-[0, 1]; ``steps``, those taken so far; and of the weights at the start ``scale``, the typical size of one, and ``size``, the sum
-of their squares.
+``weight``, how much a step says about the schedule's full rate, ``fading``, which counts a decay for less, and ``reached``,
+the highest share so far, all in [0, 1]; ``steps``, those taken so far; and of the weights at the start ``scale``, the typical
+size of one, and ``size``, the sum of their squares.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class C2Min:
 
     def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
         clock = memory["clock"]
-        weight = dots["reached" if math.isinf(self.horizon) else "weight"]
+        weight = dots["reached" if math.isinf(self.horizon) else "fading"]
         if math.isinf(self.horizon):
             cos = cosine(dots["gp"], dots["gg"], dots["pp"])
             signal = cos * weight

@@ -50,7 +50,7 @@ class P2Min:
 
     def __call__(self, alpha: Tensor, dots: Dots, memory: Memory) -> Decision:
         clock = memory["clock"]
-        weight = dots["reached" if math.isinf(self.horizon) else "weight"]
+        weight = dots["reached" if math.isinf(self.horizon) else "fading"]
         if math.isinf(self.horizon):
             cos, left = cosine(dots["gp"], dots["gg"], dots["pp"]), weight
             end, start = dots["gd"], dots["pd"]

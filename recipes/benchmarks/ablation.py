@@ -43,7 +43,8 @@ def blind(dots: Dots) -> Dots:
 
 def restless(dots: Dots) -> Dots:
     """As if each step were one at the full rate, also those of a decay."""
-    return {**dots, "weight": (dots["steps"] > 0).to(dots["weight"])}
+    whole = (dots["steps"] > 0).to(dots["weight"])
+    return {**dots, "weight": whole, "fading": whole}
 
 
 @dataclass(frozen=True)

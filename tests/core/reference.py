@@ -32,9 +32,10 @@ def heading(c: float, along: float) -> float:
     return c if c >= 0 else (1 - u - u * u) * c
 
 
-def weight_of(shares: list[float]) -> float:
+def weight_of(shares: list[float], fading: bool) -> float:
     """How much the last of the steps, whose shares of the full rate these are, says."""
-    return max(2 * shares[-1] / max(shares) - 1, 0) * shares[-1] if shares and max(shares) else 0.0
+    left = shares[-1] / max(shares) if shares and max(shares) else 0.0
+    return shares[-1] * (max(2 * left - 1, 0) if fading else left > 0.5)
 
 
 def papers_method(factor, gradient: Gradient, x0, steps: int, alpha0: float, betas, schedule=constant):
@@ -94,7 +95,7 @@ def average_method(factor, first: float, gradient: Gradient, x0, steps: int, bet
         else:
             if shares:
                 way = np.mean(iterates, axis=0) - x
-                w = weight_of(shares)
+                w = weight_of(shares, fading=True)
                 along = cosine(g, m) if m is not None and beta2 else 0.0
                 alpha = clamp(alpha * factor(heading(cosine(g, way), along), clock, w))
                 clock += w
@@ -157,7 +158,7 @@ def adamw(
     for t in range(1, steps + 1):
         g = np.asarray(gradient(t - 1, x), dtype=np.float64)
         if shares:
-            w = weight_of(shares)
+            w = weight_of(shares, fading=False)
             alpha = clamp(alpha * np.exp(max(0.03, 7 / (10 + clock)) * w * signal), 1e-8, 1e6)
             clock += w
         shares.append(schedule(t))

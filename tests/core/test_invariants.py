@@ -258,10 +258,11 @@ def scheduled(lr_of, steps, horizon=100):
 
 
 def test_a_decay_is_left_to_the_schedule():
-    """Below half of the full rate α stands still, so that it cannot grow against the decay."""
-    alphas, _ = scheduled(lambda share: 1.0 - share, 100)
-    assert len(set(alphas[52:])) == 1
-    assert len(set(alphas[:52])) > 20
+    """From half of the full rate on α stands still, so that it cannot grow against the decay; before it counts."""
+    alphas, group = scheduled(lambda share: 1.0 - share, 100)
+    assert len(set(alphas[51:])) == 1
+    assert len(set(alphas[:51])) == 50  # the first two are one: at the second nothing has been seen
+    assert group["elra_clock"].item() == pytest.approx(sum(1.0 - t / 100 for t in range(50)))
 
 
 def test_a_warm_up_is_waited_for():

@@ -212,7 +212,10 @@ def test_an_epoch_is_all_full_batches():
 
 
 def dots(gg: float, gp: float, pp: float) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([x]) for name, x in {"gg": gg, "gp": gp, "pp": pp, "reached": 1.0, "weight": 1.0}.items()}
+    return {
+        name: torch.tensor([x])
+        for name, x in {"gg": gg, "gp": gp, "pp": pp, "reached": 1.0, "weight": 1.0, "fading": 1.0}.items()
+    }
 
 
 MEMORY = {"clock": torch.tensor([0.0])}
