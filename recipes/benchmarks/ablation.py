@@ -47,6 +47,11 @@ def restless(dots: Dots) -> Dots:
     return {**dots, "weight": whole, "fading": whole}
 
 
+def otherwise(dots: Dots) -> Dots:
+    """With the other weights in the upper half of a decay: those that fall for those that do not, and the other way round."""
+    return {**dots, "weight": dots["fading"], "fading": dots["weight"]}
+
+
 @dataclass(frozen=True)
 class Altered:
     """A rule that sees something else, or starts elsewhere.
@@ -126,6 +131,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "never settles": (Adam(), replace(TRACKING, gain=TRACKING.early_gain)),
         "no vote of momentum": (Adam(), Altered(TRACKING, blind)),
         "listens in a decay": (Adam(), Altered(TRACKING, restless)),
+        "listens less from the start of a decay": (Adam(), Altered(TRACKING, otherwise)),
         "starts at 1e-5": (Adam(), replace(TRACKING, first=None)),
         "gradients count alike": (EvenAdam(), TRACKING),
         "plain mean of the iterates": (MeanAdam(), TRACKING),
@@ -139,6 +145,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "first × 2": (Momentum(), Altered(C2MIN, first=2.0)),
         "no vote of momentum": (Momentum(), Altered(C2MIN, blind)),
         "listens in a decay": (Momentum(), Altered(C2MIN, restless)),
+        "listens until half of the rate": (Momentum(), Altered(C2MIN, otherwise)),
         "follows exploded gradients": (Careless(), C2MIN),
         "later iterates weigh more": (LateMomentum(), C2MIN),
     },
@@ -150,6 +157,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "first / 2": (Momentum(), Altered(P2MIN, first=0.5)),
         "first × 2": (Momentum(), Altered(P2MIN, first=2.0)),
         "no vote of momentum": (Momentum(), Altered(P2MIN, blind)),
+        "listens until half of the rate": (Momentum(), Altered(P2MIN, otherwise)),
         "follows exploded gradients": (Careless(), P2MIN),
         "later iterates weigh more": (LateMomentum(), P2MIN),
     },
