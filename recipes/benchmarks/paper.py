@@ -490,7 +490,7 @@ def command(
     argv: Sequence[str] | None,
     description: str | None,
 ) -> None:
-    """A command line that runs what is lacking and reports.
+    """A command line that runs what is lacking and reports, also on the parts that lack nothing.
 
     Args:
         name: of the subcommand, and of its file of rows.
@@ -509,19 +509,22 @@ def command(
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     path: Path = args.results
-    sections = []
     try:
         for part in args.parts:
-            wanted, measure, report = parts[part]
+            wanted, measure, _ = parts[part]
             done = fill(path, wanted, lambda run, measure=measure: row_of(run, measure))
             crashed = [f"{' '.join(map(str, run))}: {row['error']}" for run, row in done.items() if row["status"] == "crashed"]
             if crashed:
                 sys.exit(
                     f"no report, since {len(crashed)} runs crashed; delete their rows in {path} to repeat them. {crashed[0]}"
                 )
-            sections.append(report(done, path.with_name(f"{path.stem}-{part}.png")))
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command continues. Rows so far: {path}")
+    sections = [
+        report(done, path.with_name(f"{path.stem}-{part}.png"))
+        for part, (wanted, _, report) in parts.items()
+        if not wanted(done)
+    ]
     failed = sum(row["status"] != "ok" for row in done.values())
     minutes = sum(float(row["seconds"]) for row in done.values()) / 60
     known = ", ".join(sorted({each for row in done.values() for each in row["versions"].split()}))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elra_hf import SuccessiveGradients
 from recipes.benchmarks import __main__, paper, studies
-from recipes.benchmarks.run import key
+from recipes.benchmarks.run import Run, key
 from recipes.benchmarks.tasks import TASKS
 from recipes.sweep import read
 
@@ -43,6 +43,22 @@ def test_deviation_is_relative_to_the_way_that_the_path_goes():
     path = torch.tensor([[1.0, 1.0], [1.0, 5.0], [1.0, 3.0]])
     assert paper.deviation(path, path) == 0
     assert paper.deviation(path, path + torch.tensor([0.0, 1.0])) == pytest.approx(0.25)
+
+
+def test_a_part_that_runs_alone_does_not_take_the_others_out_of_the_report(tmp_path):
+    runs = {name: Run(name, "adam", "constant", "0.1", 1, 1) for name in ("one", "two", "three")}
+    parts = {
+        name: (
+            lambda done, run=run: [run] if run not in done else [],
+            lambda run: {"status": "ok"},
+            lambda done, picture, name=name: f"## {name}\n",
+        )
+        for name, run in runs.items()
+    }
+    path = tmp_path / "rows.csv"
+    for part, told in (("two", ["## two"]), ("one", ["## one", "## two"])):
+        paper.command("paper", "Parts", parts, paper.row_of, ["--parts", part, "--results", str(path)], "")
+        assert [line for line in path.with_suffix(".md").read_text().splitlines() if line.startswith("## ")] == told
 
 
 def test_a_second_start_repeats_nothing_and_mends_what_a_kill_left(tmp_path, monkeypatch):
