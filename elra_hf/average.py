@@ -35,7 +35,8 @@ def averaged(optimizer: Any) -> Iterator[None]:
     went back to it after an explosion. There is no mode to switch: whatever happens in the block, training goes on from x.
     Works through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism,
     without a collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the
-    parameter's dtype: 4 bytes of state a float32 parameter. The block itself takes as much again, for x.
+    parameter's dtype: 4 bytes of state a float32 parameter. The block itself takes as much again, for x. What rounds weights in
+    bfloat16 is not in it: after some 1,000 steps x̄ may be no better than x.
 
     Buffers are left alone. The running statistics of BatchNorm are those of the iterate, and do not fit the average: take them
     anew inside of the block, with ``torch.optim.swa_utils.update_bn(batches, model)``, before the model is evaluated or saved,

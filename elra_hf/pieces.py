@@ -192,24 +192,18 @@ class Piece:
     own: list[list[Tensor]]
     entries: list[range]
 
-    def land(self) -> Tensor | None:
-        """Round x as it will be stored, and return what that takes from it; None where x is stored as it is.
-
-        The way back begins where x has landed. What a step lost in rounding would sum up there to more than the way itself.
-        """
-        if not self.own[0] or self.own[0][0].dtype == self.p.dtype:
-            return None
-        landed = self._stored(0).to(self.p.dtype)
-        lost = (self.p - landed).nan_to_num_(0.0, 0.0, 0.0)
-        self.p.copy_(landed)
-        return lost
-
     def close(self) -> None:
-        """Write back what had to be copied, x where it landed. What is in bfloat16 is rounded by chance, right in the mean."""
-        for column, own in enumerate(self.own):
+        """Write back what had to be copied. What is in bfloat16 is rounded up or down by chance, right in the mean."""
+        chance, seed = self.bucket.group["stochastic_rounding"], self.bucket.counts["step"]
+        numbered: Tensor | None = None
+        for salt, (worked, own) in enumerate(zip((self.p, *self.state.values()), self.own, strict=True)):
             if not own:
                 continue
-            worked = self._stored(column) if column else self.p.to(own[0].dtype)
+            if own[0].dtype == torch.bfloat16 and chance:
+                if numbered is None:
+                    ranges = [torch.arange(r.start, r.stop, device=worked.device) for r in self.entries]
+                    numbered = torch.cat(ranges).to(torch.int32)
+                worked = rounded(worked, seed, salt, numbered)
             split = worked.split([t.numel() for t in own])  # type: ignore[no-untyped-call]
             parts = [part.view(t.shape) for part, t in zip(split, own, strict=True)]
             if any(map(is_negated, own)):  # torch copies to such in no list
@@ -217,14 +211,6 @@ class Piece:
                     t.copy_(part)
             else:
                 torch._foreach_copy_(own, parts)
-
-    def _stored(self, column: int) -> Tensor:
-        """Of x, or of a state, flat, in the dtype that it is stored in."""
-        worked, dtype = (self.p, *self.state.values())[column], self.own[column][0].dtype
-        if dtype != torch.bfloat16 or not self.bucket.group["stochastic_rounding"]:
-            return worked.to(dtype)
-        numbered = torch.cat([torch.arange(r.start, r.stop, device=worked.device) for r in self.entries])
-        return rounded(worked, self.bucket.counts["step"], column, numbered.to(torch.int32))
 
 
 # Of the noise that rounds: the same on all ranks, in a run that is resumed, and in every kernel. Source: Fibonacci hashing, and

@@ -113,8 +113,6 @@ class Adam:
         torch.div(m, metric, out=work)
         for y, sign in ((p, -1.0), (way, 1.0)):
             add_scaled(y, work, sign * c.rate)
-        if (lost := piece.land()) is not None:
-            way.add_(lost)
         way.mul_(1.0 - move.taken * c.share)
         return [gg, gm, gs, mm, ss]
 

@@ -58,7 +58,5 @@ class Momentum(QuasiHyperbolic):
             m.lerp_(g, (1.0 - c.beta1) * move.taken)
         for y, sign in ((p, -1.0), (way, 1.0)):
             add_scaled(y, d, sign * c.rate)
-        if (lost := piece.land()) is not None:
-            way.add_(lost)
         way.mul_(1.0 - move.taken * c.share)
         return []

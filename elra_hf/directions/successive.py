@@ -80,5 +80,4 @@ class SuccessiveGradients(QuasiHyperbolic):
             add_scaled(p, m, -move.rate * now)
         previous.lerp_(g, move.taken)
         add_scaled(p, g, -move.rate * (1.0 - now))
-        piece.land()
         return []

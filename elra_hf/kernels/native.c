@@ -67,16 +67,6 @@ static void closed(void *tensor, int64_t i, int64_t n, const float *restrict roo
     }
 }
 
-/* The way back begins where x has landed; see `pieces.Piece.land`. */
-static void landed(const void *tensor, int64_t i, int64_t n, const float *restrict p, float *restrict way, float keep) {
-    float room[BLOCK];
-    const float *stored = opened(tensor, i, n, 1, room);
-    for (int64_t j = 0; j < n; j++) {
-        const float lost = p[j] - stored[j];
-        way[j] += fabsf(lost) <= FLT_MAX ? keep * lost : 0;
-    }
-}
-
 static void block(int op, const Tensors *t, int64_t k, int64_t i, int64_t n, const Numbers *c, double *sums) {
     float room[4][BLOCK];
     const int updates = op % 2;
@@ -88,7 +78,6 @@ static void block(int op, const Tensors *t, int64_t k, int64_t i, int64_t n, con
     works[op](n, p, g, way, m, opened(t->variance[k], i, n, 0, 0), c, sums);
     if (updates && t->bf16) {
         closed(t->p[k], i, n, p, t->chance, t->seed, 0);
-        landed(t->p[k], i, n, p, way, 1 - c->share);
         if (m) closed(t->mean[k], i, n, m, t->chance, t->seed, 2);
     }
     if (updates && t->bf16_way) closed(t->way[k], i, n, way, t->chance, t->seed, 1);

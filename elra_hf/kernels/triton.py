@@ -215,11 +215,7 @@ def _update_chunk(
             tl.store(m_at + i, _rounded(m, at, seed, 2, dtype, chance), inside)
         else:
             lost += rate * g
-        landed = _rounded(p - lost, at, seed, 0, dtype, chance)
-        tl.store(p_at + i, landed, inside)
-        if dtype != tl.float32:  # the way back begins where x has landed
-            gone = p - lost - landed.to(tl.float32)
-            lost += tl.where(tl.abs(gone) < float("inf"), gone, 0.0)
+        tl.store(p_at + i, _rounded(p - lost, at, seed, 0, dtype, chance), inside)
         tl.store(way_at + i, _rounded((way + lost) * (1.0 - share), at, seed, 1, of_way, chance), inside)
     if adam:
         _store(to, gg, gm, gs, mm, ss)

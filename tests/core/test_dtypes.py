@@ -368,27 +368,6 @@ def test_an_average_in_bfloat16_is_near_that_of_the_iterates(cls, chosen, monkey
 
 
 @every
-@pytest.mark.parametrize(
-    ("dtype", "chosen"), [(torch.bfloat16, "native"), (torch.bfloat16, "plain"), (torch.float16, "plain")], ids=str
-)
-def test_the_way_back_of_weights_that_are_rounded_is_to_the_average_of_the_rounded_ones(cls, dtype, chosen, monkeypatch):
-    """What each step loses in rounding is as long as the way itself after some hundred steps, and points anywhere."""
-    if chosen == "plain":
-        monkeypatch.setenv("ELRA_KERNELS", "plain")
-    generator = torch.Generator().manual_seed(0)
-    goal, start = torch.randn(2, 300, generator=generator)
-    x = start.to(dtype).requires_grad_()
-    optimizer = cls([x])
-    iterates = [x.detach().clone()]
-    for _ in range(1000):
-        x.grad = x.detach() - (goal + torch.randn(300, generator=generator)).to(dtype)
-        optimizer.step()
-        iterates.append(x.detach().clone())
-    way = average(iterates, cls) - iterates[-1].double()
-    assert (optimizer.state[x]["way"].double() - way).norm() < 0.15 * way.norm()
-
-
-@every
 def test_a_run_with_an_average_in_bfloat16_resumes_digit_for_digit(cls):
     model, other = net(), net()
     optimizer, resumed = (cls(each.parameters(), bf16_average=True) for each in (model, other))
