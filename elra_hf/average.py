@@ -36,7 +36,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
     Works through the wrappers of Accelerate, Lightning and Fabric, and on the local shards of FSDP2 and tensor parallelism,
     without a collective. ElraAdamW and, unless ``horizon=math.inf``, ElraC2Min and ElraP2Min keep x̄ - x anyway, in the
     parameter's dtype: 4 bytes of state a float32 parameter. The block itself takes as much again, for x. What rounds weights in
-    bfloat16 is not in it: after some 1,000 steps x̄ may be no better than x.
+    bfloat16 is not in it: after thousands of steps x̄ may be no better than x.
 
     Buffers are left alone. The running statistics of BatchNorm are those of the iterate, and do not fit the average: take them
     anew inside of the block, with ``torch.optim.swa_utils.update_bn(batches, model)``, before the model is evaluated or saved,
